@@ -1,5 +1,5 @@
-# Everything happens in .venv, made here; needs only Python >= 3.10 and a network for pip.
-# `make demo` shows the whole on real input, `make test` proves it in ten minutes on two cores, `make everything` at length.
+# Everything happens in .venv, which needs only Python >= 3.10 and a network for pip.
+# `make demo` runs the main use on real input, `make test` takes ten minutes on two cores, `make everything` half an hour.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 MINUTES := 4
 
-.PHONY: demo test everything check bench gpu aarch64 wheels release site clean
+.PHONY: demo test everything check bench figures gpu aarch64 wheels release site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py -o $(DEMO) --minutes $(MINUTES)
@@ -16,7 +16,7 @@ PARALLEL := --numprocesses=logical --maxprocesses=8 --dist=worksteal --durations
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not everything" $(PYTEST)
 
-# Sanitizers, AArch64, Triton's interpreter, long streams, kills, searches, browsers, README's blocks, hostile input.
+# Adds sanitizers, AArch64, Triton's interpreter, long streams, kills, searches, browsers, README blocks and fuzzing.
 everything: $(VENV)/.everything
 	@if [ -d $(ARM)/python ]; then :; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) aarch64; \
 	else echo "Tests of the kernels on AArch64 are left out: root installs what they need (make aarch64)."; fi
@@ -28,6 +28,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/python benchmarks/figures.py --check
 
 bench: $(VENV)/.photographs
 	$(BIN)/python benchmarks/attention_cpu.py
@@ -41,13 +46,17 @@ bench: $(VENV)/.photographs
 	$(BIN)/python benchmarks/stream.py -o profiles/results
 	$(BIN)/python benchmarks/stream.py --size 224 -o profiles/results
 	$(BIN)/python benchmarks/stream.py --model saliency --frames 100 -o profiles/results
-	$(BIN)/python benchmarks/stream.py --int8 --precision bf16 -o profiles/results
+	$(BIN)/python benchmarks/stream.py --int8 --compute-precision bf16 -o profiles/results
 	$(BIN)/python benchmarks/stream_scenes.py $(VENV)/scenes
 	for scene in square street garden; do \
 	  $(BIN)/python benchmarks/stream.py --video $(VENV)/scenes/$$scene.mp4 --start 0 --frames 120 -o profiles/results || exit 1; \
 	done
 	$(BIN)/python benchmarks/optimize.py --seeds 10 --minutes 2.5 -o profiles/results
 	$(BIN)/python -m tests.fuzz --full --kills 500 -o profiles/results/fuzz
+
+# The documentation's tables and charts, from profiles/results.
+figures: $(VENV)/.dev
+	$(BIN)/python benchmarks/figures.py
 
 # On a machine with an NVIDIA GPU, a torch for CUDA and Triton in this environment: parity, memory errors, speed.
 gpu: $(VENV)/.dev
@@ -69,7 +78,7 @@ wheels: $(VENV)/.dev
 site: $(VENV)/.dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
-# What a release consists of, and whether it is whole: nothing is published.
+# Build and check everything that a release consists of; nothing is published.
 release: wheels
 	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \
 	  grep -q "^## $$version" CHANGELOG.md || { echo "CHANGELOG.md has no heading for version $$version"; exit 2; }
@@ -102,7 +111,7 @@ $(VENV)/bin/python:
 	  || { echo "Python lacks the module venv: install it (Debian, Ubuntu: sudo apt-get install python3-venv)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-# What the native kernels are built from. Where it cannot be installed the package works too, only slower.
+# Build dependencies of the native kernels. The package also works without them, only slower.
 $(VENV)/.native: | $(VENV)/bin/python
 	@if [ -e /usr/include/hwy/highway.h ] && [ -e /usr/include/onnxruntime/onnxruntime_cxx_api.h ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -113,27 +122,24 @@ $(VENV)/.native: | $(VENV)/bin/python
 	fi
 	@touch $@
 
-# Where the package index serves CUDA builds of torch, this downloads some gigabytes once.
+# If the package index serves CUDA builds of torch, this downloads some gigabytes once.
 $(VENV)/.demo: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
-	# First: its operators are built for the OpenVINO that is there.
-	$(BIN)/python -m pip install --quiet 'openvino>=2025.0'
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet 'openvino>=2025.0'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	# The oldest runtime that exported files must load in, beside the current one; a test runs them in it.
+	# The oldest runtime that exported files must load in; a test runs them there.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/onnxruntime-1.21 'onnxruntime==1.21.*'
-	# Triton server's own definition of a model's configuration, which a test reads ours with.
+	# Triton server's definition of a model configuration; a test parses ours with it.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tritonclient 'tritonclient>=2.40'
-	# The base install alone, without kernels: tests import everything in it that must not need more.
+	# The base install without kernels; tests import everything there that must not need more.
 	$(PYTHON) -m venv $(VENV)/bare
 	$(VENV)/bare/bin/python -m pip install --quiet --editable . --config-settings=wheel.cmake=false
 	@touch $@ $(VENV)/.demo
 
-# Photographs that figures are published for, and that are trained on (sparsifiner_edge/demo/split.py), as Debian has them;
-# each by itself: another distribution lacks some.
+# Photographs for published figures and for training (sparsifiner_edge/demo/split.py), from Debian's packages.
+# They are installed one by one, because other distributions lack some.
 PHOTOGRAPHS := opencv-doc budgie-backgrounds gnome-backgrounds lomiri-wallpapers-16.04 \
   lomiri-wallpapers-20.04 mate-backgrounds plasma-workspace-wallpapers ukui-wallpapers
 $(VENV)/.photographs: $(VENV)/.dev
@@ -148,7 +154,7 @@ $(VENV)/.photographs: $(VENV)/.dev
 	fi
 	@touch $@
 
-# What the long tests add: a browser, fonts, a GStreamer with an RTSP server, network namespaces. Tests that miss them
+# Packages for the long tests: a browser, fonts, GStreamer with an RTSP server, network namespaces. Tests that miss them
 # skip and say so. (The loader of Python plugins opens libpython3.x.so, which only libpython3-dev has.)
 ADDED := chromium fonts-noto-cjk iproute2 python3-gi python3-venv gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
   gir1.2-gst-plugins-bad-1.0 gstreamer1.0-python3-plugin-loader libpython3-dev \
@@ -164,7 +170,7 @@ $(VENV)/.everything: $(VENV)/.photographs
 	{ /usr/bin/python3 -m venv --system-site-packages $(VENV)/gstreamer && \
 	  $(VENV)/gstreamer/bin/python -m pip install --quiet click cryptography msgspec numpy onnx onnxruntime pillow rich; } \
 	  || echo "The system has no Python with venv: tests of the GStreamer element are left out."
-	# The assembler of CUDA 12.6, whose driver JetPack 6 has: it allots registers otherwise than Triton's.
+	# The assembler of CUDA 12.6, as in JetPack 6: it allocates registers differently from Triton's.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/cuda-12.6 'nvidia-cuda-nvcc-cu12==12.6.*' \
 	  || echo "CUDA 12.6's assembler cannot be installed: its tests are left out."
 	@touch $@

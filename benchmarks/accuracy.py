@@ -1,18 +1,20 @@
-"""What a short distillation gives: fidelity on photographs that nothing was chosen by (and on those it was), accuracy
-on Fashion-MNIST, beside the teacher.
+"""Measures what a short distillation gives: fidelity on photographs and accuracy on Fashion-MNIST.
 
     python benchmarks/accuracy.py train [--only edge] [--work FOLDER]     # half an hour to an hour each
     python benchmarks/accuracy.py measure [--work FOLDER] [-o FOLDER]     # up to an hour
 
-DINOv2 ViT-S/14 at 224 px with its real weights. Trainings see no label and none of the test images: photographs that
-Debian packages (`split.training`), whole and in crops, the calibration images, and some training images of
-Fashion-MNIST. Three trainings: `edge`, `merge` (tokens merge) and `paper` (the published preset):
+Fidelity is measured on photographs that were not used for any choice (and on those that were), accuracy in comparison
+with the teacher. The model is DINOv2 ViT-S/14 at 224 px with its real weights. Trainings see no labels and no test
+images. They use photographs that Debian packages (`split.training`), complete and in crops, the calibration images, and
+some training images of Fashion-MNIST. There are three trainings: `edge`, `merge` (token merging) and `paper` (the
+published preset).
 
-    apt-get install --no-install-recommends gnome-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 \\
-        mate-backgrounds plasma-workspace-wallpapers ukui-wallpapers dataset-fashion-mnist \\
-        budgie-backgrounds opencv-doc    # to measure on
+Debian packages for training (apt-get install --no-install-recommends):
 
-Both parts go on where they were stopped.
+    gnome-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds
+    plasma-workspace-wallpapers ukui-wallpapers dataset-fashion-mnist
+
+To measure, also budgie-backgrounds and opencv-doc. Both commands resume where they were stopped.
 """
 
 from __future__ import annotations
@@ -44,13 +46,16 @@ from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 
 FINER = ((16, 4), (8, 4))
-"""Tile and probe of further rows: the student's own are 16 and 8."""
+"""Tile and query_pool of additional rows; the sparse model's own are 16 and 8."""
 LONG = {
     "518 px": {"keep": (0.05, 0.05, 0.1, 0.5), "merge": tome.schedule((180, 1.5), 12)[0]},
     "518 px, dense from layer 3": {"keep": (0.05, 0.05, 0.1, 1.0), "merge": tome.schedule((190, 1.5), 12)[0]},
 }
-"""What the student `merge`, which learns at 224 px, does at 518 px, 17.3 and 17.4 G multiply-accumulates: what suits it
-trained, as it has learnt to read less and spends on tokens what that saves, and untrained. By the development set."""
+"""Budgets of `merge` (trained at 224 px) at 518 px: 17.3 and 17.4 G multiply-accumulates.
+
+The first suits the trained model, which has learnt to read fewer keys and spends the savings on tokens, the second the
+untrained one. Both were chosen on the development set.
+"""
 PAIRS = {
     "edge less paper, keep 0.25": ("edge, trained, keep 0.25", "paper, trained, keep 0.25"),
     "paper: trained less untrained": ("paper, trained, keep 0.25", "paper, untrained, keep 0.25"),
@@ -69,7 +74,7 @@ WORK = click.option("--work", type=click.Path(path_type=Path), default=Path("bui
 
 
 class Run(NamedTuple):
-    """One training: how its student is made sparse, what differs from the recipe, and what it is measured at."""
+    """One training: how its sparse model is made, changes to the recipe, and the budgets to measure."""
 
     sparsify: dict[str, Any]
     overrides: tuple[str, ...]
@@ -84,7 +89,7 @@ RUNS = {
     ),
     "merge": Run(
         {"keep": 0.25, "merge": (8,)},
-        # Budgets that merge nothing hold the backbone: without them the mild ones get worse from step 200 on.
+        # Budgets without merging stabilise the backbone: otherwise mild budgets get worse from step 200 on.
         (
             "budgets="
             + json.dumps(
@@ -95,7 +100,8 @@ RUNS = {
         ),
         ({"keep": 0.25, "merge": (8,)}, {"keep": 1.0, "merge": (8,)}),
     ),
-    # As published: predictors learn first and alone, and no mixed images. It has more to learn than the others.
+    # As published: predictors are trained first and alone, without mixed images. They have more to learn than the
+    # others.
     "paper": Run(
         {"preset": "paper", "keep": 0.25},
         (
@@ -112,7 +118,7 @@ RUNS = {
 
 
 def untrained(work: Path, name: str) -> Path:
-    """The student before its training."""
+    """Return the sparse model before its training."""
     made = work / f"{name}-untrained"
     if made.exists():
         return made
@@ -123,14 +129,14 @@ def untrained(work: Path, name: str) -> Path:
 
 @click.group()
 def main() -> None:
-    """See the module's documentation."""
+    """Train models and measure them."""
 
 
 @main.command()
 @WORK
 @click.option("--only", type=click.Choice(list(RUNS)), multiple=True, default=list(RUNS))
 def train(work: Path, only: tuple[str, ...]) -> None:
-    """Train the students."""
+    """Train the sparse models."""
     work.mkdir(parents=True, exist_ok=True)
     with hold_lock(work):  # two trainings may be started at once
         pictures = collect(work / "pictures")
@@ -140,7 +146,7 @@ def train(work: Path, only: tuple[str, ...]) -> None:
 
 
 def fidelity(work: Path, tell: Any) -> dict[str, Any]:
-    """Cosine to the teacher: untrained, trained, and with fewer tokens; see `_row`."""
+    """Return the cosine to the teacher: untrained, trained, and with fewer tokens; see `_row`."""
     teacher: dict[str, Any] = {"against": material.DINOV2, "weights": weights_file()}
     rows = {}
     for name, run in RUNS.items():
@@ -152,10 +158,10 @@ def fidelity(work: Path, tell: Any) -> dict[str, Any]:
                 label += f", merge {budget['merge'][0]}" if "merge" in budget else ""
                 tell(label)
                 rows[label] = _row(work, folder, **teacher, **budget)
-            for tile, probe in FINER if name == "edge" else ():
-                label = f"{name}, {stage}, keep 0.05, tile {tile}, probe {probe}"
+            for tile, query_pool in FINER if name == "edge" else ():
+                label = f"{name}, {stage}, keep 0.05, tile {tile}, query_pool {query_pool}"
                 tell(label)
-                rows[label] = _row(work, finer(work, folder, tile, probe), **teacher, keep=0.05)
+                rows[label] = _row(work, finer(work, folder, tile, query_pool), **teacher, keep=0.05)
             for label, budget in LONG.items() if name == "merge" else ():
                 tell(f"{name}, {stage}, {label}")
                 subject, dense = long_bundle(work, folder, label, **budget), long_bundle(work)
@@ -163,15 +169,15 @@ def fidelity(work: Path, tell: Any) -> dict[str, Any]:
     return rows
 
 
-def finer(work: Path, source: Path, tile: int, probe: int) -> Path:
-    """A student whose lists are shared by `tile` queries, and chosen by means of `probe` of them, as exports can be."""
+def finer(work: Path, source: Path, tile: int, query_pool: int) -> Path:
+    """Return a sparse model with key lists per `tile` queries, selected by `query_pool` of them, as in exports."""
     student = load_student(source)
-    sparsity = dataclasses.replace(student.sparsity, tile=tile, probe=probe)
-    return save_student(dataclasses.replace(student, sparsity=sparsity), work / f"{source.name}-{tile}-{probe}")
+    sparsity = dataclasses.replace(student.sparsity, tile=tile, query_pool=query_pool)
+    return save_student(dataclasses.replace(student, sparsity=sparsity), work / f"{source.name}-{tile}-{query_pool}")
 
 
 def long_bundle(work: Path, student: Path | None = None, label: str = "teacher", **budget: Any) -> Path:
-    """A student at 518 px, or the teacher."""
+    """Return a bundle of a sparse model at 518 px, or of the teacher."""
     made = work / f"bundle-{'' if student is None else student.name}-{label.replace(', ', '-').replace(' ', '-')}"
     weights = weights_file() if student is None else None
     return (
@@ -184,7 +190,7 @@ def long_bundle(work: Path, student: Path | None = None, label: str = "teacher",
 
 
 def _row(work: Path, subject: Path, **options: Any) -> dict[str, Any]:
-    """Cosines on the publication set, and on the development set beside them."""
+    """Return cosines on the publication set and on the development set."""
     groups = group(options, model=ModelOptions, budget=Budget)
     published = evaluate_student(subject, linked(work / "publication", split.images("publication")), **groups)
     chosen_by = evaluate_student(subject, linked(work / "development", split.images("development")), **groups)
@@ -200,7 +206,7 @@ def _row(work: Path, subject: Path, **options: Any) -> dict[str, Any]:
 
 
 def differences(rows: dict[str, Any]) -> dict[str, Any]:
-    """Of patches, image by image: their means."""
+    """Return mean differences of patch cosines, image by image."""
     means = {}
     for label, pair in PAIRS.items():
         if all(name in rows for name in pair):
@@ -210,7 +216,7 @@ def differences(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def fashion_bundle(work: Path, label: str) -> Path:
-    """What Fashion-MNIST is measured with; names hold the trained weights' hash, so that none outlives its student."""
+    """Return the bundle for Fashion-MNIST; its name has the hash of the trained weights, so it cannot be outdated."""
     if label == "teacher":
         source, name, options = material.DINOV2, "teacher", {"weights": weights_file(), "img_size": SIZE}
     else:
@@ -223,7 +229,7 @@ def fashion_bundle(work: Path, label: str) -> Path:
 
 
 def features(bundle: Path, pictures: Clothes, tell: Any) -> Any:
-    """Class features of labelled images, kept on disk."""
+    """Return class features of labelled images, cached on disk."""
     path = bundle.with_name(f"features-{bundle.name}-{pictures.name.split()[-1]}.npy")
     if path.exists():
         return np.load(path)
@@ -239,7 +245,7 @@ def features(bundle: Path, pictures: Clothes, tell: Any) -> Any:
 
 
 def fashion(work: Path, tell: Any) -> dict[str, Any]:
-    """Neighbours and linear probe on frozen features: the teacher, and what of `FASHION` is trained."""
+    """Evaluate neighbours and linear probe on frozen features, for the teacher and the trained models of `FASHION`."""
     gallery, queries = fashion_mnist("train").first(GALLERY), fashion_mnist("test")
     right: dict[str, dict[str, Any]] = {"knn": {}, "linear": {}}
     for label in ("teacher", *(label for label, (student, _) in FASHION.items() if (work / student).exists())):
@@ -266,7 +272,7 @@ def fashion(work: Path, tell: Any) -> dict[str, Any]:
 @WORK
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for accuracy.json.")
 def measure(work: Path, output: Path | None) -> None:
-    """Measure what was trained."""
+    """Measure the trained models."""
     trained = {name: json.loads((work / name / "config.json").read_text()) for name in RUNS if (work / name).exists()}
     if not trained:
         raise click.UsageError(f"nothing is trained in {work}: python benchmarks/accuracy.py train")

@@ -1,7 +1,7 @@
-"""The images that benchmarks train on and measure with, photographs in crops and some of Fashion-MNIST; and trainings.
+"""Images for benchmarks (crops of photographs, and Fashion-MNIST), and trainings on them.
 
-Every sixth file of a photograph is held out with all its crops, and some of them decide which checkpoint is kept. (One
-wallpaper comes in two sizes, on both sides.)
+Every sixth photograph is held out with all its crops, and some of them select the checkpoint to keep. (One wallpaper
+comes in two sizes, one on each side.)
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from sparsifiner_edge.images import evenly, open_image
 
 SIZE = 224
 DETAIL = 5.0
-"""Mean difference of neighbouring pixels, of 255, that a crop has at least: the rest are skies and abstract art."""
+"""Minimum mean difference of neighbouring pixels (of 255) in a crop: flatter ones are skies and abstract art."""
 CROPS, FASHION_IMAGES, GALLERY = 30, 300, 5000
 MORE_FASHION = 10100
-"""Images of Fashion-MNIST for the student `tokens`, none of them in the gallery; every 101st is held out."""
+"""Number of Fashion-MNIST images for the training `tokens`, none of them in the gallery; every 101st is held out."""
 HELD_OUT = 6
-"""Of so many photographs one is held out."""
+"""One of this many photographs is held out."""
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017) as Debian packages it: apt-get install dataset-fashion-mnist."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Clothes:
-    """Images uint8 [n,28,28] and the numbers of their classes."""
+    """Images uint8 [n,28,28] and their class numbers."""
 
     images: Any
     labels: Any
@@ -50,18 +50,18 @@ class Clothes:
         return len(self.labels)
 
     def first(self, count: int) -> Clothes:
-        """At most `count` of them, evenly taken."""
+        """Return at most `count` of them, evenly spaced."""
         taken = evenly(range(len(self.labels)), count)
         return dataclasses.replace(self, images=self.images[taken], labels=self.labels[taken])
 
     def load(self, number: int, size: int) -> Any:
-        """uint8 [size,size,3]."""
+        """Load an image as uint8 [size,size,3]."""
         image = Image.fromarray(self.images[number]).convert("RGB")
         return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def fashion_mnist(split: str) -> Clothes:
-    """Its images; split: "train" or "test"."""
+    """Read Fashion-MNIST; split: "train" or "test"."""
     prefix = "train" if split == "train" else "t10k"
     images = _read(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
     labels = _read(f"{prefix}-labels-idx1-ubyte.gz", 8).astype(np.int64)
@@ -77,11 +77,11 @@ def _read(name: str, header: int) -> Any:
 
 
 def collect(folder: Path) -> Path:
-    """The images to train on, in `train`, and those that decide, in `held-out`."""
+    """Write the training images to `train` and those that select the checkpoint to `held-out`."""
     if folder.exists():
         return folder
     made = folder.with_suffix(".part")
-    shutil.rmtree(made, ignore_errors=True)  # of a run that was stopped
+    shutil.rmtree(made, ignore_errors=True)  # of an interrupted run
     scratch = made / "train"
     write_photographs(made, SIZE)
     for path in split.images("calibration"):
@@ -94,7 +94,7 @@ def collect(folder: Path) -> Path:
 
 
 def write_photographs(folder: Path, size: int) -> None:
-    """For a training at `size`: crops of each photograph in `train`; of those that decide, some in `held-out`."""
+    """Write crops of each photograph for training at `size` to `train`, and some of held-out ones to `held-out`."""
     names = ("whole", "crop1", "crop2", "crop3")
     for part in ("train", "held-out"):
         (folder / part).mkdir(parents=True)
@@ -107,7 +107,7 @@ def write_photographs(folder: Path, size: int) -> None:
 
 
 def photographs_at(folder: Path, size: int) -> Path:
-    """The folder of `write_photographs`, made once."""
+    """Return the folder of `write_photographs`, made once."""
     if not folder.exists():
         made = folder.with_suffix(".part")
         shutil.rmtree(made, ignore_errors=True)
@@ -117,7 +117,7 @@ def photographs_at(folder: Path, size: int) -> Path:
 
 
 def distilled(start: Path, pictures: Path, output: Path, held_out: Path, **options: Any) -> None:
-    """A student trained into `output`, unless it is there; goes on where a training was stopped."""
+    """Train a sparse model into `output` unless it exists; resume an interrupted training."""
     if output.exists():
         return
     began, checkpoint = time.monotonic(), output.with_name(f"{output.name}.training") / CHECKPOINT
@@ -130,7 +130,7 @@ def distilled(start: Path, pictures: Path, output: Path, held_out: Path, **optio
 
 
 def collect_fashion(folder: Path, others: Path) -> Path:
-    """The images of `collect`, those of Fashion-MNIST replaced by many more."""
+    """Write the images of `collect` with many more of Fashion-MNIST."""
     if folder.exists():
         return folder
     made = folder.with_suffix(".part")
@@ -150,7 +150,7 @@ def collect_fashion(folder: Path, others: Path) -> Path:
 
 
 def _crops(path: Path, seed: int, size: int) -> Iterator[tuple[str, Any]]:
-    """The centre square, and random squares, at twice the size that is trained on, or less."""
+    """Return the centre square and random squares, at up to twice the training size."""
     rng = np.random.default_rng(seed)
     picture = open_image(path)
     short = min(picture.size)
@@ -164,7 +164,7 @@ def _crops(path: Path, seed: int, size: int) -> Iterator[tuple[str, Any]]:
 
 
 def linked(folder: Path, paths: Sequence[Path]) -> Path:
-    """Images as a folder."""
+    """Return a folder with links to the images."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
         if not (folder / path.name).exists():

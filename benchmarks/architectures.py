@@ -1,9 +1,10 @@
-"""Every supported architecture through the same path: sparsify, export, parity with torch, costs.
+"""Tests every supported architecture on the same path: sparsify, export, parity with torch, costs.
 
     python benchmarks/architectures.py [-o FOLDER] [NAME@SIZE ...]
 
-Of timm, and of transformers. Weights are random, queries and keys scaled up so that heads attend to something: parity
-and costs do not depend on what was learnt; accuracy does, and is measured elsewhere on real weights (`fidelity.py`).
+Models are from timm and transformers. Weights are random, with queries and keys scaled up so that attention is not
+uniform. Parity and costs do not depend on training; accuracy does, and is measured separately with real weights
+(`fidelity.py`).
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "patch_size": 14,
     },
 }
-"""Of transformers' classes, where they are not its own: DINOv2 and DINOv3 ViT-S, CLIP ViT-L/14."""
+"""Changes to the defaults of transformers' classes: DINOv2 and DINOv3 ViT-S, CLIP ViT-L/14."""
 LOGIT_SPREAD = 3.0
-"""Standard deviation of the attention logits: fresh weights would attend to everything alike."""
+"""Standard deviation of the attention logits: attention of fresh weights is nearly uniform."""
 COSTS = ("projections_macs", "predictor_macs", "attention_macs", "cells_macs", "mlp_macs", "total_macs")
 
 
 def random_model(name: str, size: int) -> Any:
-    """A model of timm's name, or of transformers' class, with random weights."""
+    """Return a model of a timm name or transformers class with random weights."""
     torch.manual_seed(0)
     kind = getattr(transformers, name, None)
     if kind is None:
@@ -83,7 +84,7 @@ def random_model(name: str, size: int) -> Any:
 
 @torch.no_grad()
 def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
-    """One row: export a model with random weights, read the check and costs that its manifest records."""
+    """Measure one row: export a model with random weights, read the check and costs from its manifest."""
     model = random_model(name, size)
     backbone = backbone_of(model)
     for attention in backbone.attentions:
@@ -119,7 +120,7 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
 
 
 def short(row: dict[str, Any]) -> dict[str, Any]:
-    """Its parity and costs, for the summary."""
+    """Return its parity and costs for the summary."""
     check, dense = row["check"], row["dense_costs"]
     return {
         "size": row["size"],

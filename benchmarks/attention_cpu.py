@@ -1,14 +1,14 @@
-"""Attention operators on this CPU: ours against the fastest dense ones there are, in float32, one image at a time.
+"""Compares attention operators on this CPU with the fastest dense ones, in float32, one image at a time.
 
     python benchmarks/attention_cpu.py [--tokens 1370:25 ...] [--threads N] [-o FOLDER]
 
-H = 6 heads of 64, one class token, tiles of 16, probes of 8, 24 channels: the shapes of a ViT-S and this project's
-defaults. Rivals: ONNX Runtime's fused MultiHeadAttention (given q, k and v apart, which costs it nothing here),
-OpenVINO's scaled_dot_product_attention, and the MatMul, Softmax, MatMul that exporters write. "both" is KeySelect and
-SparseAttention in one graph, background cells included. Where the processor multiplies bfloat16 there are rows of ours
-in it, called by the C interface on float32 tensors, and OpenVINO's attention in it as a rival of theirs. GFLOP/s count
-what the operator needs; their share is of a float32 matrix product of 1024 x 1024 in ONNX Runtime, measured in the same
-run.
+H = 6 heads of 64, one class token, tiles of 16, query pools of 8, 24 channels: the shapes of a ViT-S and this project's
+defaults. Rivals: ONNX Runtime's fused MultiHeadAttention (given q, k and v separately, at no cost), OpenVINO's
+scaled_dot_product_attention, and the MatMul, Softmax, MatMul that exporters write. "both" is KeySelect and
+SparseAttention in one graph, background tokens included. If the CPU supports bfloat16, there are rows of our operators
+in it, called through the C interface on float32 tensors, and OpenVINO's attention in it as a rival. GFLOP/s count the
+operations that the operator needs; shares are relative to a float32 matrix product of 1024 x 1024 in ONNX Runtime,
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from sparsifiner_edge.results import Result, Subject
 HEADS, WIDTH, TILE, PROBE, CHANNELS, SCALE = 6, 64, 16, 8, 24, 0.125
 KEEPS = (0.25, 0.10, 0.05)
 SIZES = ("257:16", "577:24", "1025:25", "1370:25", "2305:49", "4097:64", "5477:49", "9217:96")
-"""Tokens and cells."""
+"""Tokens and background tokens."""
 FUSED, OPENVINO, PLAIN, DENSE = "ORT MultiHeadAttention", "OpenVINO SDPA", "ORT MatMul/Softmax/MatMul", "ours, dense"
 OPENVINO16, IN_BF16 = "OpenVINO SDPA, bf16", ", bf16"
 
 
 def model(nodes: list[Any], inputs: dict[str, np.ndarray], output: int = TensorProto.FLOAT) -> bytes:
-    """A model whose last node's result is its output."""
+    """Return a model whose output is the result of the last node."""
     values = [
         helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in inputs.items() if x.dtype != np.int32
     ]
@@ -62,7 +62,7 @@ def runner(nodes: list[Any], inputs: dict[str, np.ndarray], threads: int, output
 
 
 def plain_nodes(tokens: int) -> list[Any]:
-    """Attention as exporters write it."""
+    """Return attention nodes as exporters write them."""
     make = helper.make_node
     shape = helper.make_tensor("s", TensorProto.INT64, [4], [1, tokens, HEADS, WIDTH])
     nodes = [make("Constant", [], ["shape"], value=shape), make("Constant", [], ["scale"], value_float=SCALE)]
@@ -80,7 +80,7 @@ def plain_nodes(tokens: int) -> list[Any]:
 
 
 def rivals(qkv: np.ndarray, threads: int) -> dict[str, Run]:
-    """Dense attention as others do it, from q, k and v apart."""
+    """Return other implementations of dense attention, from separate q, k and v."""
     tokens, channels = qkv.shape[1], qkv.shape[2] // 3
     q, k, v = (np.ascontiguousarray(x) for x in np.split(qkv, 3, -1))
     fused = helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["o"], domain="com.microsoft", num_heads=HEADS)
@@ -100,11 +100,11 @@ def rivals(qkv: np.ndarray, threads: int) -> dict[str, Run]:
     return made
 
 
-def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dict[str, float]]:
-    """Our operators, and the GFLOP that attention needs in each."""
+def ours(qkv: np.ndarray, background_tokens: int, threads: int) -> tuple[dict[str, Run], dict[str, float]]:
+    """Return our operators, and the GFLOP that attention needs in each."""
     tokens = qkv.shape[1]
     patches, channels = tokens - 1, HEADS * WIDTH
-    cell = math.ceil(patches / cells)
+    cell = math.ceil(patches / background_tokens)
     rng = np.random.default_rng(1)
     projections = {n: rng.normal(size=(HEADS, WIDTH, CHANNELS)).astype(np.float32) for n in ("pq", "pk")}
     shared = {"domain": DOMAIN, "num_heads": HEADS, "scale": SCALE}
@@ -119,9 +119,9 @@ def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dic
         "num_heads": HEADS,
         "scale": SCALE,
         "num_prefix": 1,
-        "probe": PROBE,
+        "query_pool": PROBE,
         "tile": TILE,
-        "cell": cell,
+        "key_pool": cell,
         "value_power": 2.0,
         "prefix_keys": 1,
     }
@@ -135,22 +135,29 @@ def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dic
             ["qkv", "sizes", "pq", "pk"],
             ["i"],
             num_prefix=1,
-            probe=PROBE,
+            query_pool=PROBE,
             tile=TILE,
-            cell=cell,
+            key_pool=cell,
             keys=keys,
             value_power=2.0,
             **shared,
         )
         attend = helper.make_node(
-            "SparseAttention", ["qkv", "sizes", "i"], ["o"], num_prefix=1, tile=TILE, cell=cell, prefix_keys=1, **shared
+            "SparseAttention",
+            ["qkv", "sizes", "i"],
+            ["o"],
+            num_prefix=1,
+            tile=TILE,
+            key_pool=cell,
+            prefix_keys=1,
+            **shared,
         )
         inputs = {**given, **projections}
         runs[f"select {keep:g}"] = runner([select], inputs, threads, TensorProto.INT32)
         lists = runs[f"select {keep:g}"]()[0]
         runs[f"attend {keep:g}"] = runner([attend], {**given, "i": lists}, threads)
         runs[f"both {keep:g}"] = runner([select, attend], inputs, threads)
-        work[f"attend {keep:g}"] = 4 * (patches * (1 + keys + cells) + tokens) * channels / 1e9
+        work[f"attend {keep:g}"] = 4 * (patches * (1 + keys + background_tokens) + tokens) * channels / 1e9
         if halves is not None:
             runs |= _in_bf16(halves, [*given.values()], lists, projections, settings | {"keys": keys}, f"{keep:g}")
             work[f"attend {keep:g}{IN_BF16}"] = work[f"attend {keep:g}"]
@@ -160,7 +167,7 @@ def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dic
 def run_by_name(
     operators: Operators, name: str, settings: dict[str, float], inputs: list[np.ndarray], output: np.ndarray
 ) -> None:
-    """Run an operator with those of the settings that it has."""
+    """Run an operator with the settings that apply to it."""
     operators.run(name, {a.name: settings[a.name] for a in OPERATORS[name].attributes}, inputs, output)
 
 
@@ -172,7 +179,7 @@ def _in_bf16(
     settings: dict[str, float],
     keep: str,
 ) -> dict[str, Run]:
-    """Attention in bfloat16 alone, and after selection, which is float32."""
+    """Return attention in bfloat16, alone and after selection in float32."""
     found, output = np.empty_like(lists), np.empty((1, given[0].shape[1], given[0].shape[2] // 3), np.float32)
 
     def attend() -> None:
@@ -185,10 +192,12 @@ def _in_bf16(
     return {f"attend {keep}{IN_BF16}": attend, f"both {keep}{IN_BF16}": both}
 
 
-def measure(tokens: int, cells: int, threads: int, rounds: int, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Samples and figures for one number of tokens."""
+def measure(
+    tokens: int, background_tokens: int, threads: int, rounds: int, tell: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure samples and statistics for one number of tokens."""
     qkv = np.random.default_rng(0).normal(size=(1, tokens, 3 * HEADS * WIDTH)).astype(np.float32)
-    runs, work = ours(qkv, cells, threads)
+    runs, work = ours(qkv, background_tokens, threads)
     runs |= rivals(qkv, threads)
     runs["gemm"], work["gemm"] = gemm_peak(threads)
     burst = 8 if tokens < 2000 else 3 if tokens < 5000 else 1
@@ -215,12 +224,12 @@ def measure(tokens: int, cells: int, threads: int, rounds: int, tell: Any) -> tu
         for name in runs
     }
     figures[DENSE]["times_faster_than_fused"] = ratio(times[FUSED], times[DENSE])
-    found = {"cells": cells, "best_dense": best, "best_dense_any": best16, "operators": figures}
+    found = {"background_tokens": background_tokens, "best_dense": best, "best_dense_any": best16, "operators": figures}
     return {n: x.tolist() for n, x in times.items()}, found
 
 
 def show(statistics: dict[str, Any]) -> None:
-    """One table per number of tokens."""
+    """Print one table per number of tokens."""
     for tokens, found in statistics.items():
         rows = []
         for name, figure in found["operators"].items():
@@ -230,7 +239,7 @@ def show(statistics: dict[str, Any]) -> None:
             rows.append([name, *ours, f"{twin:.2f}" if not math.isnan(twin) else "", *work])
         rival = f"times {found['best_dense']} (bf16: {found['best_dense_any']})"
         columns = ["", "ms", rival, "times fp32", "GFLOP/s", "of gemm"]
-        print_table(f"{tokens} tokens, {found['cells']} cells", columns, rows)
+        print_table(f"{tokens} tokens, {found['background_tokens']} cells", columns, rows)
 
 
 @click.command()

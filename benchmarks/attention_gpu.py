@@ -1,14 +1,14 @@
-"""Attention operators on a CUDA GPU: ours against the fastest dense attention there, and FlexAttention with our lists.
+"""Compares attention operators on a CUDA GPU with the fastest dense attention, and with FlexAttention.
 
     python benchmarks/attention_gpu.py [--tokens 1025 ...] [--dtype float16] [--tile 64] [-o FOLDER]
 
-Eight images of 6 heads of 64 (batch x heads 48), one class token, tiles of 64, probes of 16, 24 channels, 25 cells.
-Every engine is compiled where torch compiles it and replayed as a CUDA graph; rounds go through all engines in an order
-drawn anew. The rival gets q, k and v apart and contiguous, which costs it nothing here; ours reads the packed
-projection and writes heads side by side. "attend" is given its key lists, "select" makes them, "both" is what a layer
-does: three launches. Dense rivals: every backend of torch's scaled_dot_product_attention, and flash-attn where it is
-installed. "flex" is FlexAttention, compiled, masked to the same lists (it reads whole blocks of keys, and no cells).
-Without a CUDA device this ends with exit code 2.
+Eight images of 6 heads of 64 (batch x heads 48), one class token, tiles of 64, query pools of 16, 24 channels, 25
+background tokens. Every engine is compiled if torch can compile it, and replayed as a CUDA graph; each round runs all
+engines in a new random order. The rival gets q, k and v separately and contiguous, at no cost; our kernels read the
+packed projection and write heads side by side. "attend" gets its key lists, "select" makes them, "both" is a complete
+layer: three launches. Dense rivals: every backend of torch's scaled_dot_product_attention, and flash-attn if it is
+installed. "flex" is FlexAttention, compiled and masked to the same lists (it reads complete blocks of keys, and no
+background tokens). Without a CUDA device the exit code is 2.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ TOKENS = (1025, 2305, 4097, 9217)
 
 
 def settings(tokens: int, keep: float, tile: int) -> dict[str, Any]:
-    """Attributes of KeySelect."""
-    sparsity = SparsityConfig(keep=keep, tile=tile, probe=min(16, tile), cells=CELLS)
+    """Return the attributes of KeySelect."""
+    sparsity = SparsityConfig(keep=keep, tile=tile, query_pool=min(16, tile), background_tokens=CELLS)
     layout = sparsity.layout(tokens - 1)
     return {
         "num_heads": HEADS,
         "num_prefix": 1,
         "tile": tile,
-        "cell": layout.cell,
+        "key_pool": layout.key_pool,
         "scale": SCALE,
-        "probe": sparsity.probe,
+        "query_pool": sparsity.query_pool,
         "keys": layout.keys,
         "value_power": sparsity.value_power,
     }
 
 
 def projections() -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a predictor, random: the same at every call."""
+    """Return random predictor projections, the same at every call."""
     torch.manual_seed(1)
     proj_q, proj_k = (torch.randn(HEADS, WIDTH, CHANNELS, device="cuda") / WIDTH**0.5 for _ in range(2))
     return proj_q, proj_k
 
 
 def ours(qkv: torch.Tensor, keep: float, tile: int) -> dict[str, Any]:
-    """A graph of a layer of ours at one keep rate."""
+    """Return a CUDA graph of one of our layers at one keep rate."""
     select = settings(qkv.shape[1], keep, tile)
     proj_q, proj_k = projections()
     reasons = why_not_triton("KeySelect", select, [qkv.shape, qkv.shape[:2], proj_q.shape, proj_k.shape], qkv)
@@ -70,7 +70,7 @@ def ours(qkv: torch.Tensor, keep: float, tile: int) -> dict[str, Any]:
 
 
 def flex(qkv: torch.Tensor, parts: tuple[torch.Tensor, ...], keep: float, tile: int) -> Run:
-    """FlexAttention over the lists that KeySelect makes, and the class token."""
+    """Return FlexAttention over the lists of KeySelect and the class token."""
     batch, tokens, _ = qkv.shape
     lists = ops.key_select(qkv, *projections(), **settings(tokens, keep, tile))
     member = torch.zeros(*lists.shape[:3], tokens, dtype=torch.bool, device="cuda")
@@ -108,7 +108,14 @@ def measure(tokens: int, dtype: torch.dtype, tile: int, rounds: int) -> tuple[di
 @click.option("--rounds", type=int, default=15, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for attention_gpu.json.")
 def main(tokens: tuple[int, ...], dtype: str, tile: int, rounds: int, output: Path | None) -> None:
-    method = {**require_gpu(), "batch": BATCH, "heads": HEADS, "width": WIDTH, "channels": CHANNELS, "cells": CELLS}
+    method = {
+        **require_gpu(),
+        "batch": BATCH,
+        "heads": HEADS,
+        "width": WIDTH,
+        "channels": CHANNELS,
+        "background_tokens": CELLS,
+    }
     method |= {"dtype": dtype, "tile": tile, "rounds": rounds, "timing": "CUDA graphs, events, engines in turn"}
     samples, statistics = {}, {}
     for count in tokens:

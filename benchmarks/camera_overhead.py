@@ -1,16 +1,17 @@
-"""What the camera's pipeline costs over the bare model.
+"""Measures the overhead of the camera pipeline over the bare model.
 
-The bare model: `infer` again and again on one image. The pipeline: `sparsifiner-edge run` on a real video, every
-frame, records read from a pipe; its period is the time between two answers. Both in turns, so that a busy machine hits
-both alike; the rate is the median over rounds of the pipeline's over the bare model's, with its interval (where there
-are rounds enough for one), the overhead the same of the time. Processor seconds a frame are of all processes.
+The bare model: repeated `infer` on one image. The pipeline: `sparsifiner-edge run` on a real video, every frame,
+records read from a pipe; its period is the time between two answers. Both alternate, so that other load affects both
+equally. The rate is the median over rounds of the ratio of the pipeline's rate to the bare model's, with its interval
+(if there are enough rounds). The overhead is the same ratio for the time. Processor seconds per frame are those of all
+processes.
 
     python benchmarks/camera_overhead.py BUNDLE/ [--video FILE] [--encode 1920x1080] [--rounds 7] [--frames 60]
         [--threads N] [--share X] [-o F]
 
-With `--encode` the video's frames are brought to that size and encoded anew, in H.264 as a camera has it: 30 frames a
-second, a key frame a second, none that waits for a later one. With `--share` both compute of each frame that share of
-its patches (`export --stream`), else all of it.
+With `--encode` the video's frames are resized and encoded again in H.264 as by a camera: 30 frames a second, a key
+frame a second, no frame that waits for a later one. With `--share` both compute that share of the patches of each frame
+(`export --stream`), otherwise all.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ from sparsifiner_edge.runtime import open_session
 VIDEO = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
 GOAL_PERCENT = 10.0
 WARM_UP = 5
-"""Frames that do not count."""
+"""Warm-up frames, which are not counted."""
 _STAGES = ("preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms")
 
 
 def encoded(video: Path, size: str, frames: int, path: Path, rate: int = 30) -> Path:
-    """A video's first frames in H.264, `rate` a second. size: WIDTHxHEIGHT, both even."""
+    """Encode a video's first frames in H.264, `rate` per second. size: WIDTHxHEIGHT, both even."""
     import av
 
     found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", size)
@@ -69,7 +70,7 @@ def encoded(video: Path, size: str, frames: int, path: Path, rate: int = 30) -> 
 
 
 def bare(bundle: Path, frames: int, threads: int | None, share: float | None = None) -> tuple[list[float], float]:
-    """Milliseconds of each call of the bare model, and processor seconds of one."""
+    """Return milliseconds of each call of the bare model, and processor seconds of one."""
     size = height_width(open_bundle(bundle).image_size)
     image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
     with open_session(bundle, Execution(threads=threads)) as session:
@@ -81,7 +82,7 @@ def bare(bundle: Path, frames: int, threads: int | None, share: float | None = N
 def run(
     bundle: Path, video: Path, frames: int, threads: int | None, share: float | None
 ) -> tuple[list[dict[str, Any]], float]:
-    """Records of the pipeline, and processor seconds of all its processes."""
+    """Return records of the pipeline, and processor seconds of all its processes."""
     line = [sys.executable, "-m", "sparsifiner_edge", "run", f"{bundle}", "--source", f"{video}"]
     line += ["--frames", str(frames), *(["--share", str(share)] if share else ["--no-stream"])]
     line += ["--threads", str(threads)] if threads else []
@@ -94,7 +95,7 @@ def run(
 def pipeline(
     bundle: Path, video: Path, frames: int, threads: int | None, share: float | None
 ) -> tuple[list[float], dict[str, float], float]:
-    """Milliseconds between two answers, the medians of stages, and processor seconds a frame, without the start's."""
+    """Return milliseconds between two answers, medians of stages, and processor seconds per frame without the start."""
     started = run(bundle, video, WARM_UP, threads, share)[1]
     records, seconds = run(bundle, video, frames, threads, share)
     records = records[WARM_UP:]
@@ -106,7 +107,7 @@ def pipeline(
 def measure(
     bundle: Path, video: Path, rounds: int, frames: int, threads: int | None, share: float | None
 ) -> dict[str, Any]:
-    """Both in turns."""
+    """Measure both in turn."""
     alone, piped = [], []
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
@@ -146,7 +147,7 @@ def main(
     share: float | None,
     output: Path | None,
 ) -> None:
-    """See the module's documentation."""
+    """Measure the overhead of the camera pipeline over the bare model."""
     with tempfile.TemporaryDirectory() as folder:
         source = encoded(video, encode, frames, Path(folder) / "encoded.mp4") if encode else video
         found = measure(bundle, source, rounds, frames, threads, share)

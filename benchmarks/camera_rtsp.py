@@ -1,10 +1,9 @@
-"""How old frames of a camera are when they are answered: an RTSP stream, as fast as decoding alone sustains.
+"""Measures the age of a camera's frames when they are answered: an RTSP stream at the rate that decoding sustains.
 
-A real video is brought to a size and encoded in H.264 as a camera does it, once for all; GStreamer's RTSP server gives
-it out at the rate at which `run`'s decoder alone takes it from a file, 30 a second at most. Ages are from a frame's
-taking, by the stream's timestamps, to its answer, all waiting included. In turns with the bare model; two periods and
-one inference is the goal for the age that 95 % do not exceed. Processor seconds an answer are of the model's process
-and the decoder.
+A real video is resized and encoded once in H.264 as by a camera. GStreamer's RTSP server serves it at the rate at which
+`run`'s decoder alone reads it from a file, at most 30 per second. Ages are from capture, by the stream's timestamps, to
+the answer, all waiting included. The bare model runs in turn; the goal for the 95th percentile of the age is two
+periods plus one inference. Processor seconds per answer are those of the model's process and the decoder.
 
     python benchmarks/camera_rtsp.py BUNDLE/ [--size 3840x2160] [--rounds 3] [--seconds 15] [--threads N] [-o F]
 """
@@ -51,15 +50,15 @@ print("ready", flush=True)
 GLib.MainLoop().run()
 """
 SPARE_S = 10
-"""What the stream is longer than it is watched."""
+"""Additional length of the stream in seconds beyond the measured part."""
 START_S = 60
-"""For a first answer."""
+"""Timeout of the first answer in seconds."""
 FRAMES = 60
-"""Of the bare model, and that tell what decoding sustains."""
+"""Calls of the bare model, and frames that determine the sustained decoding rate."""
 
 
 def sustained(video: Path, size: Any) -> float:
-    """Frames a second that the decoder gives, brought to the model's size."""
+    """Return the frames per second of the decoder, resized to the model's size."""
     source = parse_source(str(video))
     with Capture(source, Wanted(Framing(size)), 10, Status(source.shown, lambda _event: None)) as capture:
         times = []
@@ -72,7 +71,7 @@ def sustained(video: Path, size: Any) -> float:
 
 
 def frames_in(video: Path) -> int:
-    """How many frames a video says that it has."""
+    """Return the number of frames that a video declares."""
     import av
 
     with av.open(str(video)) as file:
@@ -80,7 +79,7 @@ def frames_in(video: Path) -> int:
 
 
 def serve(video: Path) -> tuple[subprocess.Popen[str], str]:
-    """The server on a port that was free, and the address of what it gives."""
+    """Run the server on a free port; yield the address of its stream."""
     with socket.create_server(("127.0.0.1", 0)) as one:
         port = one.getsockname()[1]
     server = subprocess.Popen(
@@ -92,7 +91,7 @@ def serve(video: Path) -> tuple[subprocess.Popen[str], str]:
 
 
 def watch(bundle: Path, address: str, seconds: float, threads: int | None, lines: Path) -> dict[str, Any]:
-    """What `run` says of a stream in so many seconds; lines: where it writes."""
+    """Return the output of `run` on a stream within a time; lines: file for the records."""
     line = [sys.executable, "-m", "sparsifiner_edge", "run", f"{bundle}", "--source", address, "--no-stream"]
     line += ["--output", str(lines)]
     line += ["--threads", str(threads)] if threads else []
@@ -136,7 +135,7 @@ def watch(bundle: Path, address: str, seconds: float, threads: int | None, lines
 def main(
     bundle: Path, video: Path, size: str, rounds: int, seconds: float, threads: int | None, output: Path | None
 ) -> None:
-    """See the module's documentation."""
+    """Measure the age of a camera's frames when they are answered."""
     with tempfile.TemporaryDirectory() as folder:
         first = encoded(video, size, FRAMES, Path(folder) / "first.mp4")
         rate = max(1, min(30, math.floor(sustained(first, open_bundle(bundle).image_size))))

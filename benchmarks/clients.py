@@ -1,7 +1,7 @@
-"""The client in C++ beside a session in Python, on the same file, frames and threads: whole, and as a stream.
+"""Compares the C++ client with a Python session on the same file, frames and threads: full frames and streaming.
 
-Each in a process of its own, in turns; a frame's time is that of the call, in C++ as `client` says it. The ratio is the
-median over rounds of C++ over Python, with its interval.
+Each runs in its own process, in turn. A frame's time is that of the call, in C++ as reported by `client`. The ratio is
+the median over rounds of C++ over Python, with its interval.
 
     cmake -S examples/cpp-onnxruntime -B client && cmake --build client
     python benchmarks/clients.py client/client BUNDLE/ [--video FILE] [--rounds 11] [--frames 60] [-o FILE]
@@ -37,7 +37,7 @@ SHARE, WARM_UP = 0.125, 5
 
 
 def in_python(bundle: Path, images: Array, way: str, threads: int) -> list[float]:
-    """Milliseconds of each frame but the first ones."""
+    """Return milliseconds of each frame in Python, without the warm-up."""
     with open_session(bundle, Execution(backend="onnxruntime", kernels="native", threads=threads)) as session:
         runs = session.stream(share=SHARE) if way == "stream" else session
         frames = iter(images)
@@ -45,7 +45,7 @@ def in_python(bundle: Path, images: Array, way: str, threads: int) -> list[float
 
 
 def in_cpp(client: Path, bundle: Path, images: Array, way: str, threads: int) -> list[float]:
-    """The same, as the client says them."""
+    """Return milliseconds of each frame as reported by the C++ client."""
     line = [str(client), str(native.library_path()), str(bundle), "--threads", str(threads)]
     line += ["--share", str(SHARE)] if way == "stream" else []
     out = subprocess.run(line, input=images.tobytes(), stdout=subprocess.PIPE, check=True).stdout
@@ -53,7 +53,7 @@ def in_cpp(client: Path, bundle: Path, images: Array, way: str, threads: int) ->
 
 
 def measure(client: Path, bundle: Path, images: Array, rounds: int, threads: int) -> dict[str, Any]:
-    """Both in turns, by way."""
+    """Measure both in turn, in each mode."""
     ways = ("whole", "stream") if open_bundle(bundle).manifest.stream else ("whole",)
     samples: dict[str, dict[str, list[list[float]]]] = {way: {"python": [], "cpp": []} for way in ways}
     for number in range(rounds):
@@ -79,7 +79,7 @@ def measure(client: Path, bundle: Path, images: Array, rounds: int, threads: int
 def main(
     client: Path, bundle: Path, video: Path, rounds: int, frames: int, threads: int | None, output: Path | None
 ) -> None:
-    """See the module's documentation."""
+    """Compare the C++ client with a Python session."""
     with open_model(bundle, RunOptions()) as model:
         images = np.stack(list(images_of(model, str(video), frames)))
     found = measure(client, bundle, images, rounds, threads or available_cores())

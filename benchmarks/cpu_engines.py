@@ -1,8 +1,8 @@
-"""The engines that `attention_cpu.py` and `model_cpu.py` measure, and fair timing of several in one process.
+"""Engines for `attention_cpu.py` and `model_cpu.py`, and fair timing of several engines in one process.
 
-Each engine is used in bursts with a pause before: threads of the one before may still spin for some milliseconds.
-Rounds go through all engines in an order drawn anew; ratios are between medians of a round, intervals are order
-statistics over rounds.
+Each engine runs in bursts after a pause, because threads of the previous one may spin for some milliseconds. Each round
+runs all engines in a new random order. Ratios are between medians of a round, intervals are order statistics over
+rounds.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ onnxruntime.create_and_register_allocator(
 
 
 def by_kernels(backend: str, precision: str, threads: int) -> Execution:
-    """A backend with our kernels, and no bodies in their place."""
-    return Execution(backend=backend, precision=precision, kernels="native", threads=threads)
+    """Open a backend with our native kernels instead of function bodies."""
+    return Execution(backend=backend, compute_precision=precision, kernels="native", threads=threads)
 
 
 def ort_session(model: bytes | str, threads: int, kernels: bool = True) -> Any:
-    """An ONNX Runtime session with our kernels registered (or not)."""
+    """Return an ONNX Runtime session, by default with our kernels registered."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -55,19 +55,19 @@ def ort_session(model: bytes | str, threads: int, kernels: bool = True) -> Any:
 
 
 def has_bf16() -> bool:
-    """Whether the processor has bf16 arithmetic: without, OpenVINO emulates it, slower than fp32."""
+    """Return True if the CPU supports bf16; otherwise OpenVINO emulates it, slower than fp32."""
     flags = Path("/proc/cpuinfo").read_text()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def openvino_compiled(model: Any, threads: int, precision: str) -> Any:
-    """A model, or the path of an ONNX file, compiled by OpenVINO for the CPU. precision: "f32" or "bf16"."""
+    """Compile a model, or the path of an ONNX file, with OpenVINO for the CPU. precision: "f32" or "bf16"."""
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
     return import_openvino().Core().compile_model(model, "CPU", settings)
 
 
 def openvino_run(model: Any, inputs: Mapping[str, np.ndarray] | list[np.ndarray], threads: int, precision: str) -> Run:
-    """The same, run on these inputs."""
+    """Return a function that runs the compiled model on these inputs."""
     request = openvino_compiled(model, threads, precision).create_infer_request()
     return lambda: request.infer(inputs)
 
@@ -79,7 +79,7 @@ def time_in_turn(
     tell: Callable[[str], None],
     after: Callable[[str], None] = lambda _: None,
 ) -> dict[str, np.ndarray]:
-    """Milliseconds [rounds, burst] of each engine. after: of its name, called when it was timed."""
+    """Return milliseconds [rounds, burst] of each engine. after: called with the name of each timed engine."""
     order = list(runs)
     draw = random.Random(0)
     taken: dict[str, list[list[float]]] = {name: [] for name in runs}
@@ -97,12 +97,12 @@ def time_in_turn(
 
 
 def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, Any]:
-    """How many times faster `fast` is: median over rounds of the ratio of their medians, with its interval."""
+    """Return how many times faster `fast` is: median over rounds of the ratio of medians, with its interval."""
     return dict(write_record(stats.median(stats.round_ratios(list(fast), list(slow)))))
 
 
 def gemm_peak(threads: int, size: int = 1024) -> tuple[Run, float]:
-    """A float32 matrix product in ONNX Runtime, and its GFLOP."""
+    """Return a float32 matrix product in ONNX Runtime, and its GFLOP."""
     kind = onnx.TensorProto.FLOAT
     a, b, c = (onnx.helper.make_tensor_value_info(n, kind, [size, size]) for n in "abc")
     graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["a", "b"], ["c"])], "gemm", [a, b], [c])

@@ -1,11 +1,11 @@
-"""TensorRT-RTX engines of DINOv2 ViT-S/14, built ahead of time without a GPU: does every one build, and how fast.
+"""Builds TensorRT-RTX engines of DINOv2 ViT-S/14 ahead of time without a GPU: success and build time.
 
     python benchmarks/engines_rtx.py [--bundles DIR] [-o profiles/results]
 
-Dense; sparse with keep .25 at 224 px and .10 at 518 px; merged, with dense attention; and merged and sparse in some
-layers; float16 and int8 (QDQ, target tensorrt), for compute capabilities 8.6, 8.9 and 12.0. Bundles that DIR does not
-hold yet are exported into it first; that is not timed.
-Seconds on a busy machine say little: seconds of processor time stand beside them.
+Models: dense; sparse with keep .25 at 224 px and .10 at 518 px; merged, with dense attention; merged, and sparse in
+some layers. They are built in float16 and int8 (QDQ, target tensorrt) for compute capabilities 8.6, 8.9 and 12.0.
+Bundles missing in DIR are exported first, which is not timed. Build time on a busy machine is unreliable, so processor
+time is reported as well.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ from sparsifiner_edge.sparse.student import sparsify
 SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
     224: {
         "dense": {},
-        "sparse": {"keep": 0.25, "cells": 16},
-        "merged": {"keep": 1.0, "cells": 16, "merge": (20, 0)},
-        "mixed": {"keep": (0.25, 0.25, 0.5, 1.0), "cells": 16, "merge": (20, 0)},
+        "sparse": {"keep": 0.25, "background_tokens": 16},
+        "merged": {"keep": 1.0, "background_tokens": 16, "merge": (20, 0)},
+        "mixed": {"keep": (0.25, 0.25, 0.5, 1.0), "background_tokens": 16, "merge": (20, 0)},
     },
     518: {
         "dense": {},
-        "sparse": {"keep": 0.10, "cells": 25},
-        "merged": {"keep": 1.0, "cells": 49, "merge": (160, 0)},
-        "mixed": {"keep": (0.1, 0.1, 0.2, 1.0), "cells": 49, "merge": (160, 0)},
+        "sparse": {"keep": 0.10, "background_tokens": 25},
+        "merged": {"keep": 1.0, "background_tokens": 49, "merge": (160, 0)},
+        "mixed": {"keep": (0.1, 0.1, 0.2, 1.0), "background_tokens": 49, "merge": (160, 0)},
     },
 }
-"""Pixels -> kind -> settings of the student; none: no student. Those that merge are budgets of `merging.py`."""
+"""Pixels -> kind -> settings of the sparse model, or none. Those that merge are budgets of `merging.py`."""
 CAPABILITIES = ("8.6", "8.9", "12.0")
 LIMIT_S = 60.0
 IMAGES = 3
-"""To calibrate int8 with: enough for a file whose building is timed, not for one that is used."""
+"""Number of int8 calibration images: enough for a file whose build is timed, not for use."""
 KEPT = ("build_seconds", "cpu_seconds", "bytes")
 
 
 def compiled_kernels(engine: bytes) -> dict[str, int]:
-    """Kernels that an engine of TensorRT-RTX 1.7 launches, by names in its file, and how many are fused attention."""
+    """Return the kernel names in an engine file of TensorRT-RTX 1.7, and the number of fused attention kernels."""
     fused = engine.count(b"struct _gemm_mha_v2_callback {")
     return {"kernels": len(re.findall(rb"__myl_[A-Za-z]+(?![A-Za-z_])", engine)) + fused, "fused_attention": fused}
 
 
 def bundle(root: Path, kind: str, size: int, precision: str) -> Path:
-    """The bundle of that name in `root`, exported if it is not there yet."""
+    """Return the bundle of that name in `root`, exported if it is missing."""
     target = root / f"{kind}{size}_{precision}"
     if target.exists():
         return target
@@ -84,7 +84,7 @@ def bundle(root: Path, kind: str, size: int, precision: str) -> Path:
 
 
 def measure(source: Path) -> list[dict[str, Any]]:
-    """One row per compute capability; the bundle itself is left as it was."""
+    """Measure one row per compute capability; the bundle itself is not changed."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(source, Path(folder) / source.name)

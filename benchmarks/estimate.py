@@ -1,11 +1,11 @@
-"""Where the estimate's constants come from, and how far it is off: published figures and recorded ones.
+"""Fits the constants of the estimate and measures its errors, from published and recorded figures.
 
     python benchmarks/estimate.py [-o FOLDER] [--threads N]
 
-GPU: the four constants are fitted to `published_latency.toml`, all boards; then again without each board, and without
-each chip (the two settings of one Orin Nano together), to predict what was left out. CPU: fitted to the models that
-`model_cpu.py` recorded, with the matrix product's speed that `attention_cpu.py` recorded on the same machine.
-`profiles/roofline.py` holds the constants that this prints; and for a board file of your own, the peak (a matrix
+GPU: the four constants are fitted to `published_latency.toml`, first with all boards, then without each board and
+without each chip (the two settings of one Orin Nano together) to predict the one left out. CPU: fitted to the models
+that `model_cpu.py` recorded, with the matrix-product rate that `attention_cpu.py` recorded on the same machine.
+`profiles/roofline.py` holds the constants that this prints. For a board file of your own, it prints the peak (a matrix
 product) and the bandwidth (a triad) of this machine.
 """
 
@@ -34,7 +34,7 @@ ROUNDS, BURST = 5, 3
 
 
 def this_machine(threads: int) -> Values:
-    """TFLOPS of a matrix product and GB/s of a triad, medians of rounds in turn."""
+    """Return TFLOPS of a matrix product and GB/s of a triad, medians of alternating rounds."""
     (multiply, gflop), size = gemm_peak(threads), 1 << 24
     arrays = [[np.ones(size // threads, np.float32) for _ in range(3)] for _ in range(threads)]
     times = time_in_turn({"gemm": multiply, "triad": lambda: _triad(arrays)}, ROUNDS, BURST, lambda _: None)
@@ -43,7 +43,7 @@ def this_machine(threads: int) -> Values:
 
 
 def _triad(arrays: Sequence[Sequence[Any]]) -> None:
-    """a = b + c in each thread: a triad less its product, which NumPy would need a temporary for."""
+    """Compute a = b + c in each thread: a triad without its product, for which NumPy would need a temporary."""
     workers = [threading.Thread(target=np.add, args=(b, c), kwargs={"out": a}) for a, b, c in arrays]
     for worker in workers:
         worker.start()

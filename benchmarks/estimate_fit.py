@@ -1,4 +1,4 @@
-"""The points and the fit behind `benchmarks/estimate.py`: published latencies, recorded ones, and a few constants."""
+"""Points and fit of `benchmarks/estimate.py`: published and recorded latencies, and a few constants."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BOUNDS = {
 
 
 class Point(NamedTuple):
-    """A measurement: where, what, at which precision, of which operators (equal layers counted), how long it took."""
+    """A measurement: board, work, precision, operators (equal layers counted) and latency."""
 
     board: Board
     model: str
@@ -56,7 +56,7 @@ class Point(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """A recorded process: what it ran, bytes of the linear layers' weights, and the most memory it held."""
+    """A recorded process: its model, bytes of the linear layers' weights, and its peak memory."""
 
     work: Workload
     weights: float
@@ -72,7 +72,7 @@ def _operators(work: Workload) -> Counter[OperatorWork]:
 
 
 def published(fitted: bool = True) -> list[Point]:
-    """Points of `published_latency.toml` that are fitted, or those that are checks alone."""
+    """Return the points of `published_latency.toml` that are fitted, or those that only serve as checks."""
     content = tomllib.loads(PUBLISHED.read_text("utf-8"))
     work = {name: _operators(Workload(ModelShape(**shape), DENSE)) for name, shape in content["models"].items()}
     found: list[Point] = []
@@ -85,7 +85,7 @@ def published(fitted: bool = True) -> list[Point]:
 
 
 def recorded() -> list[Point]:
-    """Points of `results/model_cpu*`; their board has the fastest recorded matrix product, and int8 four times that."""
+    """Return points of `results/model_cpu*`; the board's rate is the fastest recorded one, for int8 four times that."""
     gemm = max(
         operator["gflops"] / operator["share_of_gemm"]
         for row in _statistics("attention_cpu/attention_cpu.json").values()
@@ -112,16 +112,16 @@ def _recorded_points(board: Board, name: str, medians: Mapping[str, float]) -> I
 
 
 def _recorded_work(name: str) -> dict[str, Workload]:
-    """By engine: ours runs the sparse model natively, the other the dense one with attention in memory."""
+    """Return an engine's work: the sparse model with native kernels, or the dense model with attention in memory."""
     model, size, keep, cells = name.split(":")
     width, heads, hidden = SHAPES[model[: model.index("_patch")]]
     shape = ModelShape(12, heads, width, hidden, 1, (int(size) // 14) ** 2, 14)
-    sparse = Workload(shape, SparsityConfig(keep=float(keep), cells=int(cells)))
+    sparse = Workload(shape, SparsityConfig(keep=float(keep), background_tokens=int(cells)))
     return {"ours": sparse, "ONNX Runtime": Workload(shape, DENSE, materialised=True)}
 
 
 def recorded_memory(folder: str) -> Iterable[Peak]:
-    """Peak memory of processes in float32 that `model_cpu.py` recorded."""
+    """Return the peak memory of float32 processes recorded by `model_cpu.py`."""
     for name, row in _statistics(f"{folder}/model_cpu.json").items():
         for engine, work in _recorded_work(name).items():
             weights = 4.0 * work.shape.depth * 12 * work.shape.width**2
@@ -142,23 +142,23 @@ def cpu_share(values: Values, spread: float = 1.0, points: int = 0) -> RooflineF
 
 
 def gpu_ratio(point: Point, values: Values) -> float:
-    """Predicted over measured."""
+    """Return predicted over measured latency."""
     return predicted_ms(point, point.board, gpu_share(values)) / point.ms
 
 
 def cpu_ratio(point: Point, values: Values) -> float:
-    """The same; the recorded machine's bandwidth was not recorded, and is fitted with the rest."""
+    """Return predicted over measured latency; the machine's bandwidth was not recorded and is fitted as well."""
     board = msgspec.structs.replace(point.board, bandwidth_gb_s=values["gb_s"])
     return predicted_ms(point, board, cpu_share(values)) / point.ms
 
 
 def body_passes(values: Values) -> float:
-    """Passes at which function bodies are as much slower than the dense model as was recorded.
+    """Return the passes at which function bodies are slower than the dense model by the recorded factor.
 
-    By `profile SPARSE/ --against DENSE/ --kernels portable --seconds 15 -o`: keep .10, 25 cells, 518 px.
+    From `profile SPARSE/ --against DENSE/ --kernels portable --seconds 15 -o`: keep .10, 25 background tokens, 518 px.
     """
     shape = ModelShape(12, 6, 384, 1536, 1, 37 * 37, 14)
-    sparse = Workload(shape, SparsityConfig(keep=0.1, cells=25), kernels="bodies")
+    sparse = Workload(shape, SparsityConfig(keep=0.1, background_tokens=25), kernels="bodies")
     dense = Workload(shape, DENSE, materialised=True)
     wanted = 1 / _statistics("portable_cpu_518.json")["comparison"]["ratio"]["value"]
     board = msgspec.structs.replace(recorded()[0].board, bandwidth_gb_s=values["gb_s"])
@@ -176,7 +176,7 @@ def body_passes(values: Values) -> float:
 
 
 def fit(points: Sequence[Point], ratio: Callable[[Point, Values], float], start: Values) -> Values:
-    """Values of least mean squared log ratio, by steps along one value at a time, ever smaller."""
+    """Return values of least mean squared log ratio, by ever smaller steps along one value at a time."""
 
     def loss(values: Values) -> float:
         return sum(math.log(ratio(point, values)) ** 2 for point in points) / len(points)
@@ -197,7 +197,7 @@ def fit(points: Sequence[Point], ratio: Callable[[Point, Values], float], start:
 def left_out(
     points: Sequence[Point], ratio: Callable[[Point, Values], float], start: Values, group: Callable[[Point], str]
 ) -> dict[str, list[tuple[Point, float]]]:
-    """For each group: its points, and predicted over measured when fitted to the others."""
+    """Return for each group its points, and predicted over measured when fitted to the others."""
     found = {}
     for name in dict.fromkeys(map(group, points)):
         values = fit([p for p in points if group(p) != name], ratio, start)
@@ -210,7 +210,7 @@ def board_of(point: Point) -> str:
 
 
 def chip_of(point: Point) -> str:
-    """The board, whatever its clocks are set to."""
+    """Return the name of the board without its clock setting."""
     return point.board.name.removesuffix("-super")
 
 
@@ -219,7 +219,7 @@ def model_of(point: Point) -> str:
 
 
 def errors(groups: Mapping[str, Sequence[tuple[Point, float]]]) -> Values:
-    """Median and greatest relative error, and the factor within which nine of ten lie."""
+    """Return the median and largest relative error, and the factor that bounds nine of ten points."""
     ratios = np.array([r for pairs in groups.values() for _, r in pairs])
     logs = np.abs(np.log(ratios))
     return {

@@ -1,11 +1,12 @@
-"""A merged student without any kernel of ours: `torch.export`, ExecuTorch's XNNPACK delegate, beside ONNX Runtime.
+"""Runs a merged model without our kernels in ExecuTorch (`torch.export`, XNNPACK delegate) and in ONNX Runtime.
 
     python -m venv other && other/bin/pip install ".[cpu,train]" executorch
     other/bin/python benchmarks/executorch_cpu.py [--size 224] [--merge 20..0] -o FOLDER
 
-DINOv2 ViT-S/14, real weights, untrained, all keys read, and the dense model: each exported by `torch.export`, lowered
-to XNNPACK and run by ExecuTorch; and as a bundle in ONNX Runtime, with function bodies of standard operators and with
-our kernels. All in one process, in turn. ExecuTorch pins versions of what it needs, hence the environment of its own.
+The models are DINOv2 ViT-S/14, real weights, untrained, all keys read, and the dense model. Each is exported by
+`torch.export`, lowered to XNNPACK and run by ExecuTorch. Each is also a bundle in ONNX Runtime, with function bodies of
+standard operators and with our kernels. All run in one process, in turn. ExecuTorch pins versions of its dependencies,
+hence the separate environment.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ROUNDS, BURST = 11, 2
 
 
 def lowered(model: torch.nn.Module, image: torch.Tensor, path: Path) -> Any:
-    """A module as ExecuTorch runs it; it refuses nothing: what no delegate takes, portable kernels do."""
+    """Return a module lowered for ExecuTorch; operators that the delegate does not support run as portable kernels."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
@@ -48,7 +49,7 @@ def lowered(model: torch.nn.Module, image: torch.Tensor, path: Path) -> Any:
 
 
 def measure(size: int, merge: tuple[int, ...], folder: Path, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Samples and statistics."""
+    """Measure samples and statistics."""
     threads, images = available_cores(), smooth_images(size)
     torch.set_num_threads(threads)
     image, runs, fidelity = torch.from_numpy(images), {}, {}
@@ -90,7 +91,7 @@ def measure(size: int, merge: tuple[int, ...], folder: Path, tell: Any) -> tuple
 @click.option("--merge", default="20..0", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for executorch_cpu.json.")
 def main(size: int, merge: str, output: Path | None) -> None:
-    """See the module's documentation."""
+    """Run a merged model in ExecuTorch and in ONNX Runtime."""
     rates = parse_merge(merge)
     with err_console.status("") as status, tempfile.TemporaryDirectory() as scratch:
         samples, statistics = measure(size, rates, Path(scratch), status.update)

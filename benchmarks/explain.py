@@ -1,4 +1,4 @@
-"""Are explanations true? SaCo on the publication photographs, beside chance.
+"""Measures the faithfulness of explanations: SaCo on the publication photographs, compared with chance.
 
 python benchmarks/explain.py STUDENT/ [-o FOLDER]
 """
@@ -29,7 +29,7 @@ ORDERS = (OURS, RANDOM, MOVED)
 @click.option("--trust", multiple=True, help="A module that the student names.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for explain.json.")
 def main(student: Path, trust: tuple[str, ...], output: Path | None) -> None:
-    """SaCo, image by image; ours less the others with Student's interval."""
+    """Measure SaCo image by image; differences of ours to the others have Student's interval."""
     made, samples = se.load_student(student, trust=trust), {order: list[float]() for order in ORDERS}
     with progress_bar("photographs") as progress:
         for number, path in enumerate(split.images("publication")):

@@ -1,14 +1,13 @@
-"""Fidelity of untrained students: what to select, and what to do with the rest.
+"""Measures the fidelity of untrained sparse models: which keys to select, and how to treat the others.
 
     python benchmarks/fidelity.py                      the rule at 224 and 518 px
     python benchmarks/fidelity.py --all [-o FOLDER]    every variant, at 224, 518 and 1036 px: table and JSON
     python benchmarks/fidelity.py --all --group 'cells of a board' --size 518 --size 1036       some of them
 
-Cosine to dense DINOv2 ViT-S/14 over the eight development photographs (the defaults also over the publication set,
-`demo/split.py`), calibrated on other images.
-"keys" is the share of all keys that a query reads, background included; "MACs" counts predictor, attention and cells
-against dense attention; "error" is the relative error of the attention output, on the teacher's own activations, mean
-over the layers.
+Values are cosines to dense DINOv2 ViT-S/14 over the eight development photographs (for the defaults also over the
+publication set, `demo/split.py`), calibrated on other images. "keys" is the share of all keys that a query reads,
+background included. "MACs" compares predictor, attention and background tokens with dense attention. "error" is the
+relative error of the attention output, on the teacher's own activations, mean over the layers.
 """
 
 from __future__ import annotations
@@ -42,21 +41,22 @@ from sparsifiner_edge.sparse.student import dense_twin
 KEEP = {224: 0.25, 518: 0.10, 1036: 0.05}
 CELLS = {224: 16, 518: 25, 1036: 49}
 SETTINGS = ((224, 0.25, 16), (224, 0.10, 16), (518, 0.10, 25), (518, 0.0625, 36))
-"""Size, keep and cells of what is shown without --all."""
+"""Size, keep and background tokens of the rows shown without --all."""
 ALL_SIZES = (224, 518, 1036)
 PAPER = "paper preset, pooled start"
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row: how it departs from the defaults.
+    """One row: its departure from the defaults.
 
     Attributes:
-        group, name: where and as what the table shows it.
-        changes: fields of SparsityConfig.
-        source: how the projections are found.
-        measure: runs a configured subject.
-        sizes: image sizes at which it is run with --all.
+        group: Group in the table.
+        name: Name in the table.
+        changes: Fields of SparsityConfig.
+        source: Method to find the projections.
+        measure: Runs a configured subject.
+        sizes: Image sizes of the variant with --all.
     """
 
     group: str
@@ -71,31 +71,36 @@ DEFAULT = Variant("default", "edge", sizes=ALL_SIZES)
 
 
 def variants() -> list[Variant]:
-    """Every variant that is measured."""
+    """Return all variants."""
     rows = [DEFAULT]
-    # Settings that are not a size's default.
+    # Settings other than a size's default.
     rows += [Variant("default", "keep 0.1", {"keep": 0.1}, sizes=(224,))]
-    rows += [Variant("default", "keep 0.0625, 36 cells", {"keep": 0.0625, "cells": 36}, sizes=(518,))]
+    rows += [Variant("default", "keep 0.0625, 36 cells", {"keep": 0.0625, "background_tokens": 36}, sizes=(518,))]
     rows += [
         Variant("keep", f"keep {k}", {"keep": k}, sizes=ALL_SIZES if k < 0.2 else (224, 518))
         for k in (0.5, 0.25, 0.1, 0.05)
     ]
-    rows += [Variant("probe", f"probe {p}", {"probe": p}) for p in (2, 4, 16)]
+    rows += [Variant("query_pool", f"probe {p}", {"query_pool": p}) for p in (2, 4, 16)]
     rows += [Variant("tile", f"tile {t}", {"tile": t}, sizes=ALL_SIZES if t == 64 else (224, 518)) for t in (8, 32, 64)]
     rows += [Variant("channels", f"{c} channels", {"channels": c}) for c in (8, 16, 32, 48)]
     rows += [Variant("channels", "all 64 channels", {"channels": 64}, "exact")]
     rows += [Variant("projections", f"from {s}", source=s) for s in ("weights", "moments", "at size")]
     rows += [Variant("value power", f"power {p:g}", {"value_power": p}) for p in (0.0, 1.0, 3.0)]
     rows += [
-        Variant("cells", f"{c} cells", {"cells": c}, sizes=ALL_SIZES if c in (0, 25, 100) else (224, 518))
+        Variant(
+            "background_tokens",
+            f"{c} cells",
+            {"background_tokens": c},
+            sizes=ALL_SIZES if c in (0, 25, 100) else (224, 518),
+        )
         for c in (0, 4, 9, 16, 25, 49, 100)
     ]
     rows += [
-        Variant("cells of a board", f"tile 64, {c} cells", {"tile": 64, "cells": c}, sizes=(518, 1036))
+        Variant("cells of a board", f"tile 64, {c} cells", {"tile": 64, "background_tokens": c}, sizes=(518, 1036))
         for c in (49, 31)
     ]
     rows += [
-        Variant("cells", "mean over all tokens", measure=lambda s: s.measure(attend=cell_means)),
+        Variant("background_tokens", "mean over all tokens", measure=lambda s: s.measure(attend=cell_means)),
         Variant("baselines", "local window", measure=lambda s: s.measure(local_window(s.model)), sizes=ALL_SIZES),
         Variant("baselines", "random keys", measure=lambda s: s.measure(random_keys), sizes=ALL_SIZES),
     ]
@@ -103,12 +108,12 @@ def variants() -> list[Variant]:
 
 
 def base(size: int) -> SparsityConfig:
-    """The defaults at an image size."""
-    return SparsityConfig(keep=KEEP[size], cells=CELLS[size])
+    """Return the defaults at an image size."""
+    return SparsityConfig(keep=KEEP[size], background_tokens=CELLS[size])
 
 
 def run(variant: Variant, subject: Subject) -> dict[str, Any]:
-    """One row: measured fidelity, and what it costs."""
+    """Run one row: measured fidelity and cost."""
     sparsity = dataclasses.replace(base(subject.size), **variant.changes)
     subject.configure(sparsity, variant.source)
     return row(variant.group, variant.name, subject, sparsity, variant.measure(subject), variant.source)
@@ -117,7 +122,7 @@ def run(variant: Variant, subject: Subject) -> dict[str, Any]:
 def row(
     group: str, name: str, subject: Subject, sparsity: SparsityConfig, found: Fidelity, source: str
 ) -> dict[str, Any]:
-    """Of a configured subject."""
+    """Return the row of a configured subject."""
     shape = model_shape(subject.model)
     costs, dense = layer_costs(shape, sparsity), layer_costs(shape, SparsityConfig(keep=1))
     dense_macs, layout = sum(c["attention"].macs for c in dense), sparsity.layout(subject.patches)
@@ -127,8 +132,9 @@ def row(
         "size": subject.size,
         "sparsity": sparsity.to_dict(),
         "projections": source,
-        "keys_share": (layout.keys + layout.cells) / layout.patches,
-        "macs_share": sum(c["predictor"].macs + c["attention"].macs + c["cells"].macs for c in costs) / dense_macs,
+        "keys_share": (layout.keys + layout.background_tokens) / layout.patches,
+        "macs_share": sum(c["predictor"].macs + c["attention"].macs + c["background_tokens"].macs for c in costs)
+        / dense_macs,
         "predictor_share": sum(c["predictor"].macs for c in costs) / dense_macs,
         "features_cosine": found.features,
         "patches_cosine": found.patches,
@@ -137,7 +143,7 @@ def row(
 
 
 def merged_tokens(size: int) -> dict[str, Any]:
-    """ToMe (`tome.py`) at the MACs of a whole model with the defaults."""
+    """Measure ToMe (`tome.py`) at the MACs of a complete model with the defaults."""
     subject = Subject(size)
     shape = model_shape(subject.model)
     tokens, dense = shape.prefix + shape.patches, SparsityConfig(keep=1)
@@ -172,7 +178,7 @@ def merged_tokens(size: int) -> dict[str, Any]:
 
 
 def paper_preset(size: int) -> dict[str, Any]:
-    """The published method before training: pooled start, projections from images."""
+    """Measure the published method before training: pooled start, projections from images."""
     subject = Subject(size, "paper")
     sparsity = SparsityConfig.for_preset("paper", keep=KEEP[size], channels=32)
     subject.configure(sparsity, "moments")
@@ -180,19 +186,19 @@ def paper_preset(size: int) -> dict[str, Any]:
 
 
 def defaults() -> list[dict[str, Any]]:
-    """Some settings, each also on the photographs that nothing was chosen by."""
+    """Measure some settings, also on the photographs that were not used for any choice."""
     rows = []
     for size in (224, 518):
         for group, photographs in (("default", None), ("publication", split.images("publication"))):
             subject = Subject(size, photographs=photographs)
             for keep, cells in ((keep, cells) for wanted, keep, cells in SETTINGS if wanted == size):
-                settings = {"keep": keep, "cells": cells}
+                settings = {"keep": keep, "background_tokens": cells}
                 rows.append(run(Variant(group, f"keep {keep}, {cells} cells", settings), subject))
     return rows
 
 
 def everything(sizes: tuple[int, ...], groups: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Every variant at its sizes, of these groups if any are named."""
+    """Measure every variant at its sizes; groups: restrict to these."""
     rows = []
     for size in sizes:
         subject = Subject(size)

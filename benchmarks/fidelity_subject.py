@@ -1,4 +1,4 @@
-"""What `fidelity.py` measures: DINOv2 ViT-S/14 at one image size, its teacher's tokens, ways to vary the student."""
+"""Subject of `fidelity.py`: DINOv2 ViT-S/14 at one image size, its teacher's tokens, variations of the sparse model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from sparsifiner_edge.sparse.student import Student, dense_twin, make_student
 from sparsifiner_edge.sparse.weights import normalise
 
 Chooser = Callable[[SparseAttention, Tensor], Tensor]
-"""Another way to choose keys: (layer, qkv [1,N,3C]) -> indices int32 [1,H,T,K]."""
+"""Alternative key selection: (layer, qkv [1,N,3C]) -> indices int32 [1,H,T,K]."""
 
 
 ERROR_IMAGES = 3
-"""Photographs that the errors per layer are found on."""
+"""Number of photographs for the errors per layer."""
 
 
 def weights_file() -> Path:
-    """DINOv2 ViT-S/14 in timm's key names, unpacked once per machine."""
+    """Return the file of DINOv2 ViT-S/14 in timm's key names, unpacked once per machine."""
     path = Path(tempfile.gettempdir()) / "sparsifiner-edge-dinov2-vits14.safetensors"
     if not path.exists():
         scratch = path.with_suffix(".part")
@@ -48,8 +48,10 @@ class Fidelity:
     """Agreement with the dense teacher over the eight photographs.
 
     Attributes:
-        features, patches: cosine per photograph. errors: relative error of the attention output per layer, on the
-            teacher's own activations, mean over the first three photographs.
+        features: Cosine of the class features per photograph.
+        patches: Cosine of the patches per photograph.
+        errors: Relative error of the attention output per layer, on the teacher's own activations, mean over the first
+        three photographs.
     """
 
     features: list[float]
@@ -58,10 +60,10 @@ class Fidelity:
 
 
 class Subject:
-    """A student whose settings can be changed in place; projections are kept per way of finding them."""
+    """A sparse model whose settings can be changed in place; projections are cached per source."""
 
     def __init__(self, size: int, preset: str = "edge", photographs: Sequence[Path] | None = None) -> None:
-        """`photographs`: what is measured; None for those to choose by."""
+        """Load the model. `photographs`: images to measure; None: the development set."""
         self.size, self.preset = size, preset
         model = load_model(material.DINOV2, weights_file(), size)
         start = SparsityConfig.for_preset(preset, keep=0.5, channels=32 if preset == "paper" else None)
@@ -81,15 +83,15 @@ class Subject:
         self._projections: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
 
     def configure(self, sparsity: SparsityConfig, source: str = "descent") -> None:
-        """Set what is sparse, and projections found from `source`.
+        """Set the sparsity, with projections from `source`.
 
         Args:
-            source: "weights", "moments" (whitened singular vectors from images), "descent" (then refined), both at
-                224 px at most; "at size" (descent at this size); or "exact" (all channels).
+            source: "weights", "moments" (whitened singular vectors from images), "descent" (then refined), both at most
+            at 224 px; "at size" (descent at this size); or "exact" (all channels).
         """
         for layer in self.layers:
             self._set(layer, sparsity)
-        key = (source, sparsity.channels, sparsity.probe, sparsity.value_power > 0, sparsity.cells > 0)
+        key = (source, sparsity.channels, sparsity.query_pool, sparsity.value_power > 0, sparsity.background_tokens > 0)
         if key not in self._projections:
             self._projections[key] = self._find(source, sparsity)
         for number, layer in enumerate(self.layers):
@@ -103,7 +105,9 @@ class Subject:
     def _find(self, source: str, sparsity: SparsityConfig) -> list[dict[str, Tensor]]:
         if source in ("moments", "descent") and self.size > 224 and self.preset == "edge":
             self._small = self._small or Subject(224)
-            self._small.configure(dataclasses.replace(sparsity, cells=min(sparsity.cells, 16)), source)
+            self._small.configure(
+                dataclasses.replace(sparsity, background_tokens=min(sparsity.background_tokens, 16)), source
+            )
             return [layer.select.state_dict() for layer in self._small.layers]
         if source == "weights":
             calibrate.calibrate_from_weights(self.model)
@@ -119,7 +123,7 @@ class Subject:
 
     @torch.no_grad()
     def measure(self, choose: Chooser | None = None, attend: Any = None) -> Fidelity:
-        """Run the photographs; `choose` and `attend` stand in for the layers' own selection and attention."""
+        """Run the photographs; `choose` and `attend` replace the layers' own selection and attention."""
         for layer in self.layers:
             if choose:
                 layer.indices = lambda qkv, *_, layer=layer: choose(layer, qkv)
@@ -150,19 +154,19 @@ class Subject:
 
 
 def from_scores(layer: SparseAttention, scores: Tensor) -> Tensor:
-    """Top keys of scores [1,H,T,P]."""
+    """Return the top keys of scores [1,H,T,P]."""
     return ops.top_keys(scores, layer.layout.keys)
 
 
 def random_keys(layer: SparseAttention, _: Tensor) -> Tensor:
-    """Keys drawn at random for each head and tile."""
+    """Return random keys for each head and tile."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, layer.geometry.heads, layer.layout.tiles, layer.layout.patches)
     return from_scores(layer, torch.rand(shape, generator=generator))
 
 
 def local_window(model: Any) -> Chooser:
-    """The keys nearest to the tile's centre, the same for every image and head."""
+    """Return the keys nearest to the tile's centre, the same for every image and head."""
     width = model.patch_embed.grid_size[1]
 
     def choose(layer: SparseAttention, _: Tensor) -> Tensor:
@@ -176,7 +180,7 @@ def local_window(model: Any) -> Chooser:
 
 
 def cell_means(layer: SparseAttention, qkv: Tensor) -> Tensor:
-    """Attention whose cells average all their tokens, not only those that are not selected."""
+    """Compute attention whose background tokens average all their tokens, not only those not selected."""
     first, layout, tile, scale = layer.num_prefix, layer.layout, layer.sparsity.tile, layer.geometry.scale
     all_q, all_k, all_v = ops.split_heads(qkv, layer.geometry.heads)
     q, k, v = (x[:, :, first:] for x in (all_q, all_k, all_v))
@@ -184,8 +188,8 @@ def cell_means(layer: SparseAttention, qkv: Tensor) -> Tensor:
     mask.scatter_(3, layer.indices(qkv).long(), 1.0)
     listed = mask.repeat_interleave(tile, 2)[:, :, : q.shape[2]] > 0
     logits = (scale * q @ k.mT).masked_fill(~listed, -math.inf)
-    member = F.one_hot(torch.arange(layout.patches) // layout.cell, layout.cells).float()
-    keys, values = (ops.run_means(x, layout.cell) for x in (k, v))
+    member = F.one_hot(torch.arange(layout.patches) // layout.key_pool, layout.background_tokens).float()
+    keys, values = (ops.run_means(x, layout.key_pool) for x in (k, v))
     left = ((1 - mask) @ member).log().repeat_interleave(tile, 2)[:, :, : q.shape[2]]
     parts = [scale * q @ all_k[:, :, :first].mT, logits, scale * q @ keys.mT + left]
     shares = torch.cat(parts, -1).softmax(-1).split([part.shape[-1] for part in parts], -1)

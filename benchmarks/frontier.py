@@ -1,26 +1,26 @@
-"""The front of fidelity and time: ours against what a user would pick instead, on images that nothing was tuned on.
+"""Measures the Pareto front of fidelity and time, ours and the rivals', on images not used for tuning.
 
     python benchmarks/frontier.py [--size 518] [--rounds 11] [--int8] [-o FOLDER]
     python benchmarks/frontier.py --size 518 --front FOUND/front.json -o FOLDER
     python benchmarks/frontier.py --size 224 --int8 --base FOLDER/frontier_224_int8.json -o FOLDER
 
-DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals (`tome.py`): the dense model; token merging by ToMe's and by
-MAT's published rule at falling rates, and at two that merge where ours do (at 224 px at constant ones as well:
-above, those take up to a fifth longer, and at their most faithful up to 2 % less); the dense model at some smaller
-sizes, its tokens resized. Each is one plain file in ONNX Runtime and OpenVINO, the dense model in torch too; with
-`--int8` the quantised files as well, and bf16 where the processor has it (at 1036 px, and of a ViT-B/14, with int8
-alone; at 1036 px all in OpenVINO). Ours: some budgets of merging and sparse attention, in the same engines. Engines
-that take a quarter longer than the fastest in the same precision, over a kind's files together, are left out and named.
-All files are open at a time: 20 GB of memory.
+The model is DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals (`tome.py`): the dense model; token merging by
+ToMe's and by MAT's published rule at falling rates, and at two that merge in the same layers as ours (at 224 px also at
+constant rates: above, those take up to a fifth longer, and at their most faithful up to 2 % less); the dense model at
+some smaller sizes, its tokens resized. Each is one plain file in ONNX Runtime and OpenVINO, the dense model in torch
+too. With `--int8` the quantised files are added, and bf16 if the CPU has it (at 1036 px, and for a ViT-B/14, only with
+int8; at 1036 px all in OpenVINO). Ours: some budgets of merging and sparse attention, in the same engines. Engines that
+take a quarter longer than the fastest in the same precision, over a kind's files together, are left out and listed. All
+files are open at a time: 20 GB of memory.
 
-Fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of patches and class token to
-the dense model's. All are timed in turn in one process, three rounds; then, in as many as are asked for, the points
-around the compared fidelities, of what came near the best. "At equal fidelity": the best rival's time for a fidelity,
-interpolated between its neighbouring points, over ours.
+Fidelity is that of the model that ran, over the publication photographs (`demo/split.py`): cosine of patches and class
+token to the dense model's. All are timed in turn in one process, three rounds; the points around the compared
+fidelities that come near the best run all requested rounds. "At equal fidelity" is the best rival's time for a
+fidelity, interpolated between its neighbouring points, over ours.
 
-With `--front` our budgets are those that a search found: of its front, the nearest to fidelities from .95 to .995. With
-`--int8` as well, what is compared is whatever precision is fastest. With `--base` a ViT-B/14 of random weights takes
-the place: times are its own, fidelities are those that a result has of the same budgets.
+With `--front` our budgets are those of a search: the points of its front nearest to fidelities from .95 to .995. With
+`--int8` as well, the fastest precision is compared. With `--base` a ViT-B/14 with random weights is used: times are its
+own, fidelities are those that a result has for the same budgets.
 """
 
 from __future__ import annotations
@@ -86,19 +86,20 @@ CASES = {
     ),
 }
 BURSTS = {224: 5, 518: 2, 1036: 1}
-"""Calls in a round, of which the median counts."""
+"""Calls per round; their median counts."""
 FEW, NEAR = 3, 1.15
-"""Rounds of all points; of what comes so near the best of its side in them there are more."""
+"""Rounds of all points; times the best time up to which a point gets more rounds."""
 BASE = "vit_base_patch14_dinov2.lvd142m"
 FRONT = (0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
-"""What is compared at along a front."""
+"""Fidelities to compare at along a front."""
 LOWER = {518: (200, 215), 1036: (850, 890)}
-"""What merges in the first layer of rivals for the lowest of these."""
+"""Merging rates of rivals in the first layer for the lowest of these."""
 
 
 def of_base(case: Case) -> Case:
-    """The case with what lies next to the lowest compared fidelity, and falling rates alone, the faster ones there: all
-    files of a ViT-B/14 would need more than 24 GB.
+    """Return the case reduced to the lowest compared fidelity and to the falling rates, the faster ones there.
+
+    All files of a ViT-B/14 would need more than 24 GB.
     """
     return dataclasses.replace(
         case,
@@ -111,9 +112,9 @@ def of_base(case: Case) -> Case:
 
 
 def of_front(path: Path, size: int) -> Case:
-    """The case with the plans of a search's front next to these fidelities."""
+    """Return the case with the plans of a search's front nearest to these fidelities."""
     case = CASES[size]
-    points = [point for point in read_result(path).statistics["points"] if point["on_front"]]
+    points = [point for point in read_result(path).statistics["points"] if point["pareto_optimal"]]
     nearest = [min(points, key=lambda p, at=at: abs(math.log((1 - p["fidelity"] + 1e-6) / (1 - at)))) for at in FRONT]
     chosen = dict.fromkeys((point["merge"], parse_keep(point["keep"])) for point in nearest)
     return dataclasses.replace(
@@ -126,7 +127,7 @@ def of_front(path: Path, size: int) -> Case:
 
 
 def base(size: int, folder: Path) -> tuple[str, Path]:
-    """ViT-B/14 with random weights: name and file."""
+    """Return name and file of a ViT-B/14 with random weights."""
     torch.manual_seed(0)
     save_file(create(BASE, size, 0).state_dict(), folder / "random.safetensors")
     return BASE, folder / "random.safetensors"
@@ -135,12 +136,12 @@ def base(size: int, folder: Path) -> tuple[str, Path]:
 def fidelity(
     points: list[Point], size: int, photographs: list[Path], file: Path, tell: Any
 ) -> dict[str, dict[str, Any]]:
-    """Cosine of patches and class token to the dense model's, per publication photograph; file: where it is kept."""
+    """Return cosines of patches and class token to the dense model per publication photograph; file: cache."""
     teacher = Teacher(size, photographs)
     found: dict[str, dict[str, Any]] = {}
     same: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for point in points:
-        # One model in fp32 gives the same in every engine, to a millionth.
+        # One model in fp32 gives the same in every engine, up to a millionth.
         key = f"{point.kind} | {point.budget}" if point.precision == "fp32" else point.name
         if key not in same:
             tell(f"fidelity of {point.name}")
@@ -152,7 +153,7 @@ def fidelity(
 
 
 def fidelity_of(points: list[Point], result: Path) -> dict[str, dict[str, Any]]:
-    """What a result has of points of these names, or in float32 of the same files in another engine."""
+    """Return a result's values for points of these names, or for fp32 points with the same files in another engine."""
     rows: dict[str, dict[str, Any]] = read_result(result).statistics["points"]
     files = {(name.partition(",")[0], row["budget"]): row for name, row in rows.items() if row["precision"] == "fp32"}
     found = {}
@@ -168,7 +169,7 @@ def fidelity_of(points: list[Point], result: Path) -> dict[str, dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Fronts:
-    """Points of some precisions by family, and what they take: milliseconds [rounds, burst] by name."""
+    """Points of some precisions by family, and their times: milliseconds [rounds, burst] by name."""
 
     families: dict[str, list[Point]]
     found: dict[str, dict[str, Any]]
@@ -183,13 +184,15 @@ class Fronts:
             if any_precision or point.precision == "fp32":
                 families.setdefault(point.family, []).append(point)
         for family in [name for name in families if name.startswith(("ToMe", "MAT", "ours"))]:
-            # The dense model is the end of its front; of fewer pixels it is not: their tokens are resized.
+            # The dense model ends the front, except for fewer pixels, whose tokens are resized.
             families[family] += families.get(f"dense,{family.split(',', 1)[1]}", [])
         return cls(families, found, times)
 
     def ways(self, family: str, wanted: float) -> list[list[tuple[float, Point]]]:
-        """Shares of the timed points that give a fidelity: of the two next to it, linear in log(1 - it), or all of one
-        that is at least as faithful. None beyond the best.
+        """Return the sets of timed points, with weights, that give a fidelity.
+
+        A set is the two neighbouring points, linear in log(1 - fidelity), or one point at least as faithful. There is
+        none beyond the best.
         """
         valued = [(float(np.mean(self.found[p.name]["patches_cosine"])), p) for p in self.families[family]]
         below = max((pair for pair in valued if pair[0] < wanted), key=lambda pair: pair[0], default=None)
@@ -207,24 +210,25 @@ class Fronts:
         return sum(share * float(np.median(x if number is None else x[number])) for share, x in times)
 
     def ms(self, family: str, wanted: float, number: int | None = None) -> float:
-        """For a fidelity: the median, or that of a round; infinite where no point is as faithful."""
+        """Return the time for a fidelity, the median or that of a round; infinite if no point is as faithful."""
         ways = self.ways(family, wanted)
         return self._median(min(ways, key=self._median), number) if ways else math.inf
 
     def side(self, ours: bool) -> list[str]:
-        """Families of ours, or of rivals."""
+        """Return our families, or those of rivals."""
         return [family for family in self.families if family.startswith("ours") == ours]
 
     def kinds(self, wanted: float) -> dict[str, str]:
-        """The fastest family of each kind of rival."""
+        """Return the fastest family of each kind of rival."""
         best: dict[str, str] = {}
         for family in sorted(self.side(False), key=lambda family: self.ms(family, wanted)):
             best.setdefault(family.partition(",")[0], family)
         return best
 
     def contenders(self, wanted: float) -> dict[str, Point]:
-        """What gives a fidelity in a time near the best, in the best family of each kind, and in all that come near
-        their side's best.
+        """Return the points that give a fidelity in a time near the best.
+
+        They are those of the best family of each kind, and of all families near their side's best.
         """
         chosen = set(self.kinds(wanted).values())
         for side in map(self.side, (True, False)):
@@ -239,7 +243,7 @@ class Fronts:
         }
 
     def compare(self, wanted: float) -> dict[str, Any]:
-        """The best rival's time at a fidelity over ours, with its interval over rounds."""
+        """Return the best rival's time at a fidelity over ours, with its interval over rounds."""
         rival, mine = (min(self.side(ours), key=lambda family: self.ms(family, wanted)) for ours in (False, True))
         rounds = range(len(next(iter(self.times.values()))))
         pairs = [(self.ms(rival, wanted, n), self.ms(mine, wanted, n)) for n in rounds]
@@ -267,7 +271,7 @@ def measure(
     folder: Path,
     tell: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Samples and statistics, of no rounds none. judge: fidelities by the names of points, where it knows them."""
+    """Measure samples and statistics; without rounds, none of speed. judge: fidelities by point name, if known."""
     along_a_front = case.start is not None and of.int8
     points = ours(case, of, folder, tell)
     points += rivals(case, of, folder, tell)
@@ -331,7 +335,7 @@ def show(title: str, found: dict[str, Any]) -> None:
 
 
 def draw(title: str, found: dict[str, Any], path: Path) -> None:
-    """Error against time, one line per family."""
+    """Draw error against time, one line per family."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -393,7 +397,7 @@ def main(
     work: Path | None,
     output: Path | None,
 ) -> None:
-    """See the module's documentation."""
+    """Measure the Pareto front of fidelity and time, ours and the rivals'."""
     if (front or result) and (len(sizes) > 1 or (front and result)):
         raise click.UsageError("--front and --base are of one size, and not of each other")
     if result and read_result(result).method["size"] != int(sizes[0]):

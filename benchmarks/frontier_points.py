@@ -1,4 +1,4 @@
-"""What `frontier.py` measures: our budgets and the rivals, each file in each engine."""
+"""Points of `frontier.py`: our budgets and the rivals, each file in each engine."""
 
 from __future__ import annotations
 
@@ -33,17 +33,25 @@ from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
 SLOW = 1.25
-"""Times the fastest engine's time, from which on one is left out along a front."""
+"""Times the fastest engine's time above which an engine is left out along a front."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One image size: our budgets as (what merges: see `tome.schedule`; keep), cells, the rivals' rates and patches a
-    side, and fidelities to compare at. start: a student that a search made its front of; None: one of these cells.
+    """One image size: budgets, rivals and fidelities to compare at.
+
+    Attributes:
+        budgets: Ours, as (merging rate: see `tome.schedule`; keep).
+        background_tokens: Number of background tokens.
+        constant: Constant merging rates of rivals.
+        falling: Falling merging rates of rivals.
+        grids: Patches per side of the rivals with fewer pixels.
+        compared: Fidelities to compare at.
+        start: Sparse model that a search started from; None: one with these background tokens.
     """
 
     budgets: tuple[tuple[int | tuple[int, float] | str, Keep], ...]
-    cells: int
+    background_tokens: int
     constant: tuple[int, ...]
     falling: tuple[int | tuple[int, float] | str, ...]
     grids: tuple[int, ...]
@@ -53,7 +61,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all points of one run share."""
+    """Settings shared by all points of one run."""
 
     size: int
     threads: int
@@ -68,12 +76,12 @@ class Setting:
 
     @property
     def large(self) -> bool:
-        """Whether files are too large for ONNX Runtime, which there takes up to twice as long, beside OpenVINO."""
+        """True if files are too large for ONNX Runtime, which then takes up to twice as long as OpenVINO."""
         return self.size > 1000
 
     @property
     def few(self) -> bool:
-        """Whether memory is short of bf16 without int8, nowhere the fastest."""
+        """True if memory is too small for bf16 without int8, which is never the fastest."""
         return self.large or self.model != material.DINOV2
 
     @property
@@ -86,9 +94,12 @@ class Point:
     """One file in one engine.
 
     Attributes:
-        family: what it is interpolated with. macs: of all layers, per image.
-        infer: all outputs for images. tokens: the name or number of the tokens among them. images: what is timed.
-        rest: gives back memory that only a run needs.
+        family: Points with which it is interpolated.
+        macs: Multiply-accumulates of all layers, per image.
+        infer: Returns all outputs for images.
+        tokens: Name or number of the tokens among the outputs.
+        images: Images to time.
+        rest: Frees memory that only a run needs.
     """
 
     family: str
@@ -120,7 +131,7 @@ class Point:
 
 
 class Teacher:
-    """The dense model's tokens of images, and how near others come to them."""
+    """The dense model's tokens of images, and the cosines of others to them."""
 
     def __init__(self, size: int, paths: Sequence[Path]) -> None:
         self.paths, self.size = paths, size
@@ -129,12 +140,14 @@ class Teacher:
         self.wanted = [in_torch(dense, image)[1].numpy()[0] for image in self.images(size)]
 
     def images(self, side: int) -> Iterator[np.ndarray]:
-        """uint8 [1,side,side,3]."""
+        """Load images as uint8 [1,side,side,3]."""
         return (load_image(path, side)[None] for path in self.paths)
 
     def cosines(self, tokens: Callable[[np.ndarray], np.ndarray], side: int | None = None) -> dict[str, list[float]]:
-        """Of patches, their mean per image, and of the class token. tokens: of images uint8 [1,side,side,3] -> [1,N,C];
-        side: None is the size's own.
+        """Return cosines of patches (mean per image) and class token. side: None is the size's own.
+
+        Args:
+            tokens: Function from images uint8 [1,side,side,3] to tokens [1,N,C].
         """
         pairs = zip(self.images(side or self.size), self.wanted, strict=True)
         rows = [cosine(tokens(image)[0], wanted) for image, wanted in pairs]
@@ -145,17 +158,18 @@ class Teacher:
 
 
 def photographs(size: int, count: int | None) -> list[Path]:
-    """Of the publication set; at 1036 px, where a photograph takes a minute, 24 of them if not said otherwise."""
+    """Return publication photographs; at 1036 px (a minute each), 24 of them by default."""
     paths = split.images("publication")
     return evenly(paths, count or (24 if size > 1000 else len(paths)))
 
 
 def quick_engines(points: list[Point], by_precision: bool, tell: Any) -> tuple[list[Point], dict[str, float]]:
-    """Those in an engine and precision that comes near the fastest, of ours and of each kind of rival; and by name what
-    does not, with how many times the fastest's time it takes.
+    """Return the points of engines near the fastest, and the time ratios of the other engines.
+
+    Engines are compared among ours and within each kind of rival.
 
     Args:
-        by_precision: only engines of one precision are held against each other.
+        by_precision: Compare only engines of one precision.
     """
     taken: dict[tuple[str, str], dict[str, float]] = {}
     for point in points:
@@ -180,7 +194,7 @@ def quick_engines(points: list[Point], by_precision: bool, tell: Any) -> tuple[l
 
 
 def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
-    """Our budgets."""
+    """Return the points of our budgets."""
     tell("sparsify")
     images = linked(folder / "calibration", split.images("calibration"))
     student = case.start or folder / "student"
@@ -191,7 +205,7 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
             weights=of.weights,
             img_size=of.size,
             keep=0.25,
-            cells=case.cells,
+            background_tokens=case.background_tokens,
             merge=(case.falling[0],),
             calibrate=images,
         )
@@ -220,7 +234,7 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
 
 
 def _our_engines(of: Setting, precision: str) -> list[tuple[str, str, str, str]]:
-    """Families, their backends, what they compute in, and precisions, of our files in one precision."""
+    """Return families, backends, compute precisions and precisions of our files in one weight precision."""
     rest = of.hints[-1]
     found = {
         "fp32": [("ours, OpenVINO f32", "openvino", "auto", "fp32")],
@@ -237,13 +251,13 @@ def _our_engines(of: Setting, precision: str) -> list[tuple[str, str, str, str]]
 
 
 def sum_of_layers(student: Any) -> float:
-    """Multiply-accumulates of all layers."""
+    """Return the multiply-accumulates of all layers."""
     costs = layer_costs(model_shape(student.model), student.sparsity)
     return float(sum(layer[kind].macs for layer in costs for kind in MAC_KINDS))
 
 
 class Rival(NamedTuple):
-    """One module that runs in stock engines; side: of its images."""
+    """One module for stock engines; side: of its images."""
 
     kind: str
     budget: str
@@ -253,7 +267,7 @@ class Rival(NamedTuple):
 
 
 def _rivals(case: Case, of: Setting) -> Iterator[Rival]:
-    """The dense model, merging by both rules, and fewer pixels."""
+    """Return the dense model, merging by both rules, and fewer pixels."""
     model: Any = load_model(of.model, of.weights, of.size)
     depth, grid, width = len(model.blocks), model.patch_embed.grid_size[0], model.embed_dim
 
@@ -277,8 +291,9 @@ def _rivals(case: Case, of: Setting) -> Iterator[Rival]:
 
 
 def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
-    """Rivals in every engine: of torch the dense model alone, for it was nowhere the fastest; above 1,000 px in
-    OpenVINO alone: there ONNX Runtime takes up to twice as long.
+    """Return rivals in every engine; torch only for the dense model, as it was never the fastest.
+
+    Above 1,000 px only OpenVINO is used: ONNX Runtime takes up to twice as long there.
     """
     torch.set_num_threads(of.threads)
     points: list[Point] = []
@@ -304,7 +319,7 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
 
 
 def _quantise(path: Path, output: Path, side: int) -> None:
-    """By the rules of our own files."""
+    """Quantise by the rules of our own files."""
     loaded = onnx.load(path)
     del loaded.graph.value_info[:]  # torch's exporter leaves some that shape inference contradicts
     calibration = [load_image(image, side)[None] for image in split.images("calibration")]
@@ -316,7 +331,7 @@ def _quantise(path: Path, output: Path, side: int) -> None:
 
 @torch.inference_mode()
 def in_torch(module: Any, images: np.ndarray) -> Any:
-    """What a module answers to uint8 [B,H,W,3]."""
+    """Return a function with a module's answers to uint8 [B,H,W,3]."""
     return module(torch.from_numpy(images))
 
 
@@ -329,7 +344,7 @@ def _in_engines(
     threads: int,
     precision: str = "",
 ) -> list[Point]:
-    """One file by family: OpenVINO's hint, or "" for ONNX Runtime."""
+    """Return one file by family: OpenVINO's hint, or "" for ONNX Runtime."""
     points = []
     for family, hint in families.items():
         if not hint:

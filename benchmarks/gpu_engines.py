@@ -1,4 +1,4 @@
-"""Fair timing on a CUDA GPU: graphs, engines in turn. For `attention_gpu.py` and `model_gpu.py`."""
+"""Fair timing on a CUDA GPU with graphs and engines in turn, for `attention_gpu.py` and `model_gpu.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.E
 
 
 def require_gpu() -> dict[str, Any]:
-    """The GPU that is measured; ends the program with exit code 2 where there is none."""
+    """Return the GPU to measure; exit with code 2 if there is none."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA at all"
         click.echo(
@@ -44,7 +44,7 @@ def require_gpu() -> dict[str, Any]:
 
 
 def graph(run: Run) -> Run:
-    """`run`, warmed up and captured as one CUDA graph: no launch overhead on either side."""
+    """Warm `run` up and capture it as one CUDA graph: no launch overhead on either side."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), torch.inference_mode():
@@ -68,7 +68,7 @@ def _milliseconds(run: Run, burst: int) -> list[float]:
 
 
 def time_in_turn(runs: Mapping[str, Run], rounds: int, burst: int) -> dict[str, np.ndarray]:
-    """Milliseconds [rounds, burst] of each engine; every round goes through all in an order drawn anew."""
+    """Return milliseconds [rounds, burst] of each engine; every round runs all in a new random order."""
     order, draw = list(runs), random.Random(0)
     taken: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -80,13 +80,13 @@ def time_in_turn(runs: Mapping[str, Run], rounds: int, burst: int) -> dict[str, 
 
 
 def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, Any]:
-    """How many times faster `fast` is: median over rounds of the ratio of their medians, interval and spread."""
+    """Return how many times faster `fast` is: median over rounds of the ratio of medians, interval and spread."""
     ratios = stats.round_ratios(list(fast), list(slow))
     return dict(write_record(stats.median(ratios))) | {"least": float(ratios.min()), "greatest": float(ratios.max())}
 
 
 def by_backend(run: Run) -> tuple[dict[str, Run], dict[str, str]]:
-    """Graphs of `run`, compiled, by backend of scaled_dot_product_attention; and why others cannot run."""
+    """Return graphs of `run`, compiled, by backend of scaled_dot_product_attention; and why others cannot run."""
     runs, refused = {}, {}
     for backend in BACKENDS:
 
@@ -103,7 +103,7 @@ def by_backend(run: Run) -> tuple[dict[str, Run], dict[str, str]]:
 
 
 def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> dict[str, Run]:
-    """FlashAttention's own package, where it is installed; q, k, v [B,H,N,d]."""
+    """Return FlashAttention's own package, if it is installed; q, k, v [B,H,N,d]."""
     try:
         from flash_attn import flash_attn_func
     except ImportError:
@@ -115,7 +115,7 @@ def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
 def compare(
     rivals: tuple[dict[str, Run], dict[str, str]], ours: Callable[[], dict[str, Run]], rounds: int, burst: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Samples and statistics of our engines and the fastest of the rivals; see `by_backend`."""
+    """Return samples and statistics of our engines and the fastest of the rivals; see `by_backend`."""
     runs, refused = rivals
     rival = min(runs, key=lambda name: float(np.median(_milliseconds(runs[name], 10))))
     runs = {f"dense {rival}": runs[rival]} | ours()
@@ -130,7 +130,7 @@ def compare(
 
 
 def show(title: str, found: dict[str, Any]) -> None:
-    """A table of what `compare` gives."""
+    """Print a table of the results of `compare`."""
     rows = []
     for name, ms in found["median_ms"].items():
         against = found["times_faster_than_dense"].get(name)

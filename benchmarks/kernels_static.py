@@ -1,8 +1,8 @@
-"""What can be said of the CUDA kernels without a GPU: registers, spills, shared memory, occupancy.
+"""Reports static properties of the CUDA kernels without a GPU: registers, spills, shared memory, occupancy.
 
     python benchmarks/kernels_static.py [--capability 87 ...] [--ptxas FILE] [--docs] [-o FOLDER]
 
-Kernels are compiled ahead of time by Triton. `--docs` renews the table of docs/gpu.md from the result.
+Triton compiles the kernels ahead of time. `--docs` updates the table of docs/nvidia.md from the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparsifiner_edge.results import Result, Subject
 ROOT = Path(__file__).parent.parent
 PATCHES, HEADS, KEYS, CELL, CHANNELS = 1024, 6, 103, 41, 24
 SHOWN = (("float16", 64, 64), ("float16", 64, 16), ("bfloat16", 64, 64))
-"""Element type, head dimension and tile that are compiled."""
+"""Element type, head dimension and tile to compile."""
 
 _KIB, PTX = 1024, 85
 LIMITS = {
@@ -38,13 +38,21 @@ LIMITS = {
     110: (24, 48, 228),
     120: (24, 48, 100),
 }
-"""Blocks, warps and KiB of shared memory of a multiprocessor, by compute capability times ten. Blocks and memory:
-`cuda_occupancy.h` of CUDA 13.5; warps: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+"""Blocks, warps and KiB of shared memory of a multiprocessor, by compute capability times ten.
+
+Blocks and memory: `cuda_occupancy.h` of CUDA 13.5. Warps: CUDA C++ Programming Guide, "Technical Specifications per
+Compute Capability".
 """
 
 
 class Occupancy(NamedTuple):
-    """blocks: resident on a multiprocessor. share: of its warps, 0 to 1. limit: what allows no more blocks."""
+    """Occupancy of a multiprocessor.
+
+    Attributes:
+        blocks: Resident blocks.
+        share: Share of its warps, 0 to 1.
+        limit: Resource that limits the blocks.
+    """
 
     blocks: int
     share: float
@@ -52,10 +60,10 @@ class Occupancy(NamedTuple):
 
 
 def occupancy(capability: int, warps: int, registers: int, shared: int) -> Occupancy:
-    """Occupancy of a kernel, by warps of a block, registers of a thread, bytes of a block."""
+    """Return the occupancy of a kernel, by warps per block, registers per thread, bytes per block."""
     blocks, most_warps, kib = LIMITS[capability]
     fit = {
-        # 65536 in four parts, given out to warps 256 at a time; a warp cannot straddle two.
+        # 65536 in four parts, allocated to warps 256 at a time; a warp cannot straddle two.
         "registers": 16384 // _up(registers * 32, 256) * 4 // warps,
         "shared memory": kib * _KIB // _up(shared + _KIB, 128),  # of each block's the driver keeps 1 KiB
         "warps": most_warps // warps,
@@ -70,14 +78,14 @@ def _up(value: int, unit: int) -> int:
 
 
 def layer(dtype: str, width: int, tile: int) -> Schedule:
-    """At 1025 tokens and keep .10, one image."""
+    """Return a layer of 1025 tokens and keep .10, one image."""
     a: dict[str, Any] = {
         "num_heads": HEADS,
         "num_prefix": 1,
         "tile": tile,
-        "cell": CELL,
+        "key_pool": CELL,
         "scale": width**-0.5,
-        "probe": 8,
+        "query_pool": 8,
         "keys": KEYS,
         "value_power": 2.0,
     }
@@ -115,7 +123,7 @@ def measure(capabilities: tuple[int, ...], ptxas: Path | None) -> list[dict[str,
 
 
 def resources_markdown(rows: list[dict[str, Any]]) -> str:
-    """Registers / KiB of shared memory / occupancy of each kernel, float16, d 64, by generation."""
+    """Return registers / KiB of shared memory / occupancy of each kernel, float16, d 64, by generation."""
     usual = [r for r in rows if (r["dtype"], r["head_dimension"]) == ("float16", 64)]
     columns = sorted({r["capability"] for r in usual})
     lines = [
@@ -132,8 +140,8 @@ def resources_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def renew_docs(tables: dict[str, str]) -> None:
-    """Put tables between `<!-- NAME -->` and `<!-- end -->` of docs/gpu.md."""
-    path = ROOT / "docs" / "gpu.md"
+    """Replace the tables between `<!-- NAME -->` and `<!-- end -->` of docs/nvidia.md."""
+    path = ROOT / "docs" / "nvidia.md"
     text = path.read_text(encoding="utf-8")
     for name, table in tables.items():
         text = re.sub(
@@ -148,7 +156,7 @@ def renew_docs(tables: dict[str, str]) -> None:
 @click.command()
 @click.option("--capability", "capabilities", type=int, multiple=True, default=CAPABILITIES, help="Repeatable.")
 @click.option("--ptxas", type=click.Path(path_type=Path, exists=True), help="Another assembler, of CUDA 12.6 or later.")
-@click.option("--docs", is_flag=True, help="Renew the tables of docs/gpu.md.")
+@click.option("--docs", is_flag=True, help="Renew the tables of docs/nvidia.md.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for kernels_static.json.")
 def main(capabilities: tuple[int, ...], ptxas: Path | None, docs: bool, output: Path | None) -> None:
     rows = measure(capabilities, ptxas)

@@ -1,11 +1,11 @@
-"""What to merge and what to read: every choice that was tried, on images to choose by.
+"""Compares all tested choices of merging and key selection on development images.
 
     python benchmarks/merging.py [--size 518] [--group matching] [-o FOLDER]
 
-DINOv2 ViT-S/14, real weights, untrained. Patch cosine to the dense model's over the eight development photographs and
-ten (40 at 224 px) that are trained on (`demo/split.py`), both calibrated on others, beside the multiply-accumulates of
-all layers. Rows of one group differ in one thing; "default" rows say what the product does, "gain" of the others how
-much higher the cosine is, image by image.
+The model is DINOv2 ViT-S/14, real weights, untrained. Rows give the patch cosine to the dense model over the eight
+development photographs and ten training photographs (40 at 224 px; `demo/split.py`), both calibrated on others, and the
+multiply-accumulates of all layers. Rows of one group differ in one setting. "default" rows are the product's defaults;
+"gain" of the others is the difference of their cosine, image by image.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sparsifiner_edge.sparse.student import load_student, sparsify
 Rate = int | tuple[int, float] | str
 Pairs = Callable[..., Tensor]
 USUAL: dict[int, Rate] = {224: (20, 1), 518: (160, 1), 1036: (700, 1)}
-"""What merges, where something else is varied: see `tome.schedule`."""
+"""Merging rates when another setting is varied: see `tome.schedule`."""
 SCHEDULES: dict[int, tuple[Rate, ...]] = {
     224: (8, 10, 12, (16, 1), (20, 1), (22, 1), (24, 1), (24, 1.5), (28, 1.5), (32, 2), *tome.CHOSEN),
     518: (60, 80, 100, (160, 1), (180, 1), (200, 1.5), (240, 2), (300, 3)),
@@ -60,7 +60,7 @@ KEEPS: dict[int, tuple[Keep, ...]] = {
 }
 CELLS = {224: 16, 518: 49, 1036: 49}
 TRAINING_IMAGES, FEW = {224: 40, 518: 10, 1036: 10}, 4
-"""Photographs beside the eight; of these at 1036 px, where one takes a minute."""
+"""Number of photographs in addition to the eight; number of the eight used at 1036 px, where one takes a minute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +68,20 @@ class Variant:
     """One row.
 
     Attributes:
-        group, name: where and as what the table shows it.
-        rate: see `tome.schedule`. keep: shares of keys. cells: None for the size's own.
-        pairs: chooses pairs in the place of MatchTokens. merged: makes their tokens in the place of MergeTokens.
+        group: Group in the table.
+        name: Name in the table.
+        rate: See `tome.schedule`.
+        keep: Shares of keys.
+        cells: Background tokens; None for the size's default.
+        pairs: Matches pairs instead of MatchTokens.
+        merged: Makes the merged tokens instead of MergeTokens.
     """
 
     group: str
     name: str
     rate: Rate
     keep: Keep = 1.0
-    cells: int | None = None
+    background_tokens: int | None = None
     pairs: Pairs | None = None
     merged: Pairs | None = None
 
@@ -94,9 +98,11 @@ def pairs_by(
     attended: float = 0,
     energy: float = 0,
 ) -> Tensor:
-    """MatchTokens with another metric, window, or power of the sizes; attended: a power of how much the class token
-    attends to a token, which weighs it besides; energy: how much it counts in a pair's score how alike its tokens are
-    to all in their windows (PiToMe).
+    """Run MatchTokens with another metric, window, or power of the sizes.
+
+    Args:
+        attended: Power of the class token's attention to a token, an additional weight.
+        energy: Weight, in a pair's score, of the similarity of its tokens to all in their windows (PiToMe).
     """
     packed = qkv.unflatten(-1, (3, num_heads, -1))
     queries, keys, values = packed.unbind(2)
@@ -109,7 +115,7 @@ def pairs_by(
     }[metric]
     logits = (queries[:, :1] * keys).sum(-1) * keys.shape[-1] ** -0.5
     weights = sizes**power * logits.softmax(1).mean(2).clamp_min(1e-9) ** attended
-    # MatchTokens takes the mean of the heads' keys: one head holds any metric.
+    # MatchTokens uses the mean of the heads' keys: one head holds any metric.
     packed = torch.cat([made, made, made], -1)
     partners = functools.partial(_with_energy, energy) if energy else ops._best_partners
     with unittest.mock.patch.object(ops, "_best_partners", partners):
@@ -124,7 +130,7 @@ def pairs_by(
 
 
 def _with_energy(share: float, metric: Tensor, sizes: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """`_best_partners`, scores raised by `share` of how alike a pair's tokens are to those around them, on average."""
+    """Raise the scores of `_best_partners` by `share` of the mean similarity of a pair to the tokens around it."""
     around = functools.partial(F.avg_pool1d, kernel_size=window + 1, stride=1, padding=window // 2)
     energy = (metric * around(metric.transpose(1, 2)).transpose(1, 2)).sum(-1)
     places = torch.arange((metric.shape[1] + 1) // 2)[:, None] + torch.arange(-window // 2, window // 2)
@@ -138,19 +144,19 @@ def _with_energy(share: float, metric: Tensor, sizes: Tensor, window: int) -> tu
 
 
 def larger(x: Tensor, _: Tensor, pairs: Tensor) -> Tensor:
-    """MergeTokens that takes per channel what is larger (CubistMerge)."""
+    """Run MergeTokens with the larger value per channel (CubistMerge)."""
     a, b = (rows_at(x, side) for side in pairs.long().unbind(-1))
     return torch.where(a.abs() >= b.abs(), a, b)
 
 
 def of_mean_norm(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
-    """MergeTokens whose tokens are as long as their sources are on average (ToFu)."""
+    """Run MergeTokens with tokens of the mean norm of their sources (ToFu)."""
     lengths = ops._merge_tokens(x.norm(dim=-1, keepdim=True), sizes, pairs)
     return F.normalize(ops._merge_tokens(x, sizes, pairs), dim=-1) * lengths
 
 
 def variants(size: int) -> list[Variant]:
-    """Every row of a size."""
+    """Return every row of a size."""
     usual, many = USUAL[size], size < 1000
     rows = [Variant("schedule", "default matching", rate) for rate in SCHEDULES[size]]
     rows += [Variant("keep", "default", usual, keep) for keep in KEEPS[size]]
@@ -181,12 +187,15 @@ def variants(size: int) -> list[Variant]:
             Variant("sparse in one layer", f"layer {layer}", usual, ((1.0,) * layer + (0.1, 1.0))[:12])
             for layer in range(12)
         ]
-        rows += [Variant("cells", f"{cells} cells", usual, 0.25, cells=cells) for cells in (9, 16, 25, 49, 100)]
+        rows += [
+            Variant("background_tokens", f"{cells} cells", usual, 0.25, background_tokens=cells)
+            for cells in (9, 16, 25, 49, 100)
+        ]
     return rows
 
 
 def teachers(size: int) -> dict[str, Teacher]:
-    """What is measured on, and the dense model's tokens of it."""
+    """Return the measured images, and the dense model's tokens of them."""
     training = sorted(split.training())
     sets = {
         "development": split.images("development"),
@@ -196,15 +205,15 @@ def teachers(size: int) -> dict[str, Teacher]:
 
 
 def cosines(judges: dict[str, Teacher], model: Any, place: int) -> dict[str, list[float]]:
-    """Patch cosines per image of either set; place: of the tokens among the model's outputs."""
+    """Return patch cosines per image of either set; place: of the tokens among the model's outputs."""
     return {
         of: judge.cosines(lambda x: in_torch(model, x)[place].numpy())["patches_cosine"] for of, judge in judges.items()
     }
 
 
 def run(variant: Variant, judges: dict[str, Teacher], students: dict[int, Path], size: int) -> dict[str, Any]:
-    """One row: fidelity and cost."""
-    folder = students[variant.cells or CELLS[size]]
+    """Run one row: fidelity and cost."""
+    folder = students[variant.background_tokens or CELLS[size]]
     rates, named = tome.schedule(variant.rate, 12)
     student = load_student(folder, budget=Budget(merge=rates, keep=variant.keep))
     model = deploy(student).eval()
@@ -220,7 +229,7 @@ def run(variant: Variant, judges: dict[str, Teacher], students: dict[int, Path],
         "name": variant.name,
         "merge": named,
         "keep": keep_text(variant.keep),
-        "cells": variant.cells or CELLS[size],
+        "background_tokens": variant.background_tokens or CELLS[size],
         "macs": sum_of_layers(student),
         **found,
     }
@@ -232,7 +241,10 @@ def _remembering(part: Any, tokens: CarriedTokens, *given: Any) -> Any:
 
 
 def published(size: int, judges: dict[str, Teacher], chained: bool) -> dict[str, Any]:
-    """ToMe's own rule at the same rates: partners anywhere, many suitors for one; chained: MAT's, see `tome.py`."""
+    """Measure the published rules at the same rates: ToMe (partners anywhere, several into one), or chained: MAT's.
+
+    See `tome.py`.
+    """
     model: Any = load_model(material.DINOV2, weights_file(), size)
     schedule, named = tome.schedule(USUAL[size], len(model.blocks))
     rates = list(schedule)
@@ -243,7 +255,7 @@ def published(size: int, judges: dict[str, Teacher], chained: bool) -> dict[str,
         "name": "MAT's" if chained else "ToMe's",
         "merge": named,
         "keep": "1",
-        "cells": 0,
+        "background_tokens": 0,
         "macs": tome.macs(rates, whole, width, 4 * width),
         **cosines(judges, merged, 1),
     }
@@ -257,14 +269,14 @@ def measure(size: int, groups: tuple[str, ...]) -> list[dict[str, Any]]:
     judges = teachers(size)
     with tempfile.TemporaryDirectory() as scratch, progress_bar(f"{size} px") as progress:
         calibration, students = linked(Path(scratch) / "calibration", split.images("calibration")), {}
-        for cells in {row.cells or CELLS[size] for row in rows}:
+        for cells in {row.background_tokens or CELLS[size] for row in rows}:
             students[cells] = sparsify(
                 material.DINOV2,
                 Path(scratch) / f"{cells}",
                 weights=weights_file(),
                 img_size=size,
                 keep=0.25,
-                cells=cells,
+                background_tokens=cells,
                 calibrate=calibration,
             )
         found = (
@@ -279,7 +291,7 @@ def measure(size: int, groups: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def with_gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means in the place of samples, and over all images what a way to match gains."""
+    """Replace samples by means, and add each matching method's gain over all images."""
     means = [row | {of: float(np.mean(row[of])) for of in ("development", "training")} for row in rows]
     for row, mean in zip(rows, means, strict=True):
         default = [other for other in rows if (other["group"], other["name"]) == (row["group"], "default")]
@@ -296,7 +308,7 @@ def show(size: int, rows: list[dict[str, Any]]) -> None:
             row["name"],
             row["merge"],
             row["keep"],
-            str(row["cells"]),
+            str(row["background_tokens"]),
             f"{row['macs'] / 1e9:.1f}",
             f"{row['development']:.4f}",
             f"{row['training']:.4f}",
@@ -304,7 +316,7 @@ def show(size: int, rows: list[dict[str, Any]]) -> None:
         ]
         for row in rows
     ]
-    heads = ["", "", "merge", "keep", "cells", "G MACs", "development", "training", "gain"]
+    heads = ["", "", "merge", "keep", "background_tokens", "G MACs", "development", "training", "gain"]
     print_table(f"{size} px, patch cosine", heads, cells)
 
 
@@ -313,7 +325,7 @@ def show(size: int, rows: list[dict[str, Any]]) -> None:
 @click.option("--group", "groups", multiple=True, help="Rows of this group alone.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for merging_<size>.json.")
 def main(sizes: tuple[str, ...], groups: tuple[str, ...], output: Path | None) -> None:
-    """See the module's documentation."""
+    """Compare all tested choices of merging and key selection."""
     for size in map(int, sizes):
         rows = measure(size, groups)
         if output:

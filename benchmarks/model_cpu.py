@@ -1,16 +1,15 @@
-"""Whole models on this CPU: ours, fp32 and int8, against the best dense engines at any precision, batch 1.
+"""Compares complete models on this CPU, ours in fp32 and int8, with the best dense engines at any precision, batch 1.
 
     python benchmarks/model_cpu.py [--case vit_small_patch14_dinov2.lvd142m:518:0.1:25 ...] [-o FOLDER]
 
-DINOv2 ViT-S/14 with its real weights, ViT-B/14 with random ones (no weights install; time does not depend on them).
-Ours runs in ONNX Runtime, the int8 file with attention in bf16 too, and in OpenVINO, there in fp32, bf16 and with the
-int8 file; precisions that the processor has no arithmetic for are left out, ours and theirs. A case ends with a share
-of tokens (":0.7" at three layers), or with what merges (":merge=200^1.5": 200 in the first layer, falling to 0 with
-that power); KEEP may name several layers' shares.
-Rivals run the dense export of the same model: ONNX Runtime fp32 and int8 (as ours, but with every linear layer in int8
-that the gate allows, which is faster), OpenVINO fp32, bf16 (its default where the processor has it) and int8 (the same
-QDQ file, the rest in fp32 or bf16), torch.
-Engines are timed in turn in one process; each engine's peak memory is found in a process of its own.
+Models are DINOv2 ViT-S/14 with its real weights and ViT-B/14 with random ones (its weights cannot be installed, and
+time does not depend on them). Ours runs in ONNX Runtime, the int8 file with attention in bf16 too, and in OpenVINO in
+fp32, bf16 and with the int8 file. Precisions that the CPU does not support are left out, ours and theirs. A case ends
+with a share of tokens (":0.7" at three layers), or with merging rates (":merge=200^1.5": 200 in the first layer,
+falling to 0 with that power). KEEP may list several layers' shares. Rivals run the dense export of the same model: ONNX
+Runtime fp32 and int8 (as ours, but with every linear layer in int8 that the gate allows, which is faster), OpenVINO
+fp32, bf16 (its default if the CPU has it) and int8 (the same QDQ file, the rest in fp32 or bf16), torch. Engines are
+timed in turn in one process; each engine's peak memory is measured in a separate process.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ ELSEWHERE = {
     "ours, OpenVINO int8, rest fp32": (OURS8, "openvino", "auto"),
     "ours, OpenVINO int8, rest bf16": (OURS8, "openvino", "bf16"),
 }
-"""Which of our files, by which backend, in which precision."""
+"""File, backend and compute precision of each of our engines."""
 DENSE, DENSE8 = "ONNX Runtime fp32", "ONNX Runtime int8"
 FP32 = (DENSE, "OpenVINO fp32", "torch fp32")
 STAGES = (3, 6, 9)
@@ -81,12 +80,12 @@ STAGES = (3, 6, 9)
 
 
 class Case(NamedTuple):
-    """What is measured; see the module's documentation."""
+    """One case; see the module docstring."""
 
     model: str
     size: int
     keep: Keep
-    cells: int
+    background_tokens: int
     pruned: tuple[tuple[int, float], ...] = ()
     merge: tuple[int, ...] = ()
 
@@ -105,7 +104,7 @@ class Case(NamedTuple):
 
 
 def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
-    """Bundles: ours fp32 and int8, dense fp32; and a folder with dense int8, as fast as the gate allows."""
+    """Build bundles (ours fp32 and int8, dense fp32), and a folder with dense int8 as fast as the gate allows."""
     name, size, weights = case.model, case.size, weights_file()
     if name != material.DINOV2:
         torch.manual_seed(0)
@@ -119,7 +118,7 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
         weights=weights,
         img_size=size,
         keep=case.keep,
-        cells=case.cells,
+        background_tokens=case.background_tokens,
         token_keep=case.pruned,
         merge=case.merge,
         calibrate=pictures,
@@ -148,7 +147,7 @@ def ours_elsewhere() -> dict[str, tuple[str, str]]:
 def engines(
     bundles: dict[str, Path], name: str, size: int, threads: int
 ) -> tuple[dict[str, Run], dict[str, dict[str, str]]]:
-    """What runs each, and what ours by other backends say that they run in."""
+    """Return the function that runs each engine, and the reported execution of ours in other backends."""
     image = smooth_images(size)
     runs: dict[str, Run] = {}
     said = {}
@@ -196,7 +195,7 @@ print(json.dumps({"peak_rss_bytes": resident(), "before_bytes": before}))
 
 
 def peak_memory(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any]:
-    """Peak resident memory of a process that loads a file and runs it, and what it held before."""
+    """Return peak resident memory of a process that loads and runs a file, and its memory before."""
     wanted = {label: ("ort", bundle) for label, bundle in bundles.items()}
     wanted["OpenVINO fp32"] = ("openvino", bundles[DENSE])
     found = {}
@@ -208,7 +207,7 @@ def peak_memory(bundles: dict[str, Path], size: int, threads: int) -> dict[str, 
 
 
 def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any]:
-    """Mean patch cosine over the eight photographs: of each of ours to ours in fp32, and to the dense model."""
+    """Return mean patch cosines over the eight photographs: each of ours to ours in fp32, and to the dense model."""
     tokens = {}
     files = {label: (label, "onnxruntime", "auto") for label in (OURS, OURS8)} | ours_elsewhere()
     for label, (file, backend, precision) in files.items():
@@ -229,7 +228,7 @@ def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any
 
 
 def _patches_cosine(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """Mean over the patches that both have."""
+    """Return the mean over the patches that both have."""
     places = [x.get(POSITIONS, np.arange(x["tokens"].shape[1] - 1)[None])[0] for x in (a, b)]
     _, mine, theirs = np.intersect1d(*places, return_indices=True)
     return float(cosine(a["tokens"][0, 1 + mine], b["tokens"][0, 1 + theirs]).mean())

@@ -1,10 +1,10 @@
-"""Whole models on a CUDA GPU: a sparse student against the dense model in torch, both compiled and as CUDA graphs.
+"""Compares complete models on a CUDA GPU: sparse with dense, in torch, both compiled and as CUDA graphs.
 
     python benchmarks/model_gpu.py [--model vit_small_patch14_dinov2.lvd142m] [--size 448 ...] [-o FOLDER]
 
-Random weights, which time does not depend on; float16. The dense model runs with whichever backend of
-scaled_dot_product_attention is fastest for it. Sizes 448, 672, 896 and 1344 make 1025 to 9217 tokens of 14 pixels.
-Without a CUDA device this ends with exit code 2.
+Weights are random, which does not affect time, in float16. The dense model uses the backend of
+scaled_dot_product_attention that is fastest for it. Sizes 448, 672, 896 and 1344 make 1025 to 9217 tokens of 14 pixels.
+Without a CUDA device the exit code is 2.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ STUDENTS = {
     "merged": {"keep": 1.0, "merge": (0.12, 0.0)},
     "merged, keep .10": {"keep": 0.10, "merge": (0.12, 0.0)},
 }
-"""Settings of students; a merge is the share of the patches in the first layer, falling to the second."""
+"""Settings of sparse models; merge is the share of the patches in the first layer, falling to the second."""
 
 
 def dense_runs(name: str, image: torch.Tensor) -> tuple[dict[str, Run], dict[str, str]]:
-    """Graphs of the dense model by attention backend, and why others cannot run."""
+    """Return graphs of the dense model by attention backend, and why others cannot run."""
     torch.manual_seed(0)
     model = create(name, image.shape[-1], 0).half().cuda()
     return by_backend(lambda: model.forward_features(image))
@@ -44,7 +44,7 @@ def sparse_run(name: str, image: torch.Tensor, settings: dict[str, Any], tile: i
     torch.manual_seed(0)
     model = create(name, image.shape[-1], 0)
     merge = tuple(round(share * model.patch_embed.num_patches) for share in settings.get("merge", ()))
-    sparsity = SparsityConfig(keep=settings["keep"], tile=tile, probe=min(16, tile), merge=merge)
+    sparsity = SparsityConfig(keep=settings["keep"], tile=tile, query_pool=min(16, tile), merge=merge)
     sparse = make_student(Student(model, name, preprocessing(model)), sparsity).model.half().cuda()
     return graph(torch.compile(lambda: sparse.forward_features(image)))
 

@@ -1,11 +1,11 @@
-"""What it costs to have our operators in OpenVINO's graph, beside calling them by the C interface alone.
+"""Measures the overhead of our operators in OpenVINO's graph over direct calls of the C interface.
 
     python benchmarks/openvino_operators.py BUNDLE ... -o FOLDER
 
-Of each bundle OpenVINO runs the file with its profiler on, once with the extension in C++ and once with operators in
-Python, in turn; the time of our nodes, each its median over all inferences, is summed. Beside it stands the sum of the
-same calls by the C interface, on arrays of the same shapes and threads of its own, each its median: what they read was
-written right before, as in a file, and other data has passed through the caches.
+OpenVINO runs each bundle's file with its profiler enabled, with the extension in C++ and with operators in Python, in
+turn. The times of our nodes, each the median over all inferences, are summed. They are compared with the sum of the
+same calls through the C interface, on arrays of the same shapes and with threads of its own, each the median. In these
+calls the input was written just before, as in a file, and other data has passed through the caches.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from sparsifiner_edge.runtime.openvino import bind, converters, without_bodies
 
 ROUNDS, RUNS = 8, 5
 LEFT_OVER = 1 << 20
-"""Numbers of a layer's weights."""
+"""Values written between calls, about as many as a layer has weights, so that the caches are not warm."""
 HINTS = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
 Request = Any
 
 
 @contextlib.contextmanager
 def compiled(model: onnx.ModelProto, ours: list[str], extension: Path | None) -> Iterator[Request]:
-    """A request of the file."""
+    """Return an inference request of the file."""
     with contextlib.closing(Operators(available_cores())) as operators:
         core, bare = openvino.Core(), without_bodies(onnx.ModelProto.FromString(model.SerializeToString()), ours)
         if extension is not None:
@@ -59,13 +59,13 @@ def compiled(model: onnx.ModelProto, ours: list[str], extension: Path | None) ->
 
 
 def node_ms(request: Request) -> dict[str, float]:
-    """Of our nodes in the last inference: OpenVINO calls whatever is not its own a reference."""
+    """Return milliseconds of our nodes in the last inference, which OpenVINO reports as references."""
     entries = [entry for entry in request.get_profiling_info() if entry.node_type == "Reference"]
     return {entry.node_name: entry.real_time.total_seconds() * 1e3 for entry in entries}
 
 
 def alone_ms(model: onnx.ModelProto, ours: list[str]) -> list[float]:
-    """Each operator of the file by the C interface, on random arrays of its shapes."""
+    """Return milliseconds of each operator of the file through the C interface, on random arrays of its shapes."""
     inferred = onnx.shape_inference.infer_shapes(model)
     shapes = {
         v.name: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
@@ -105,7 +105,7 @@ def schema_type(op: str) -> Any:
 
 
 def example(name: str, known: Any, random: np.random.Generator) -> Any:
-    """An input of an operator: the file's own weights, or of the file's shape."""
+    """Return an input of an operator: the file's own weights, or random values of the file's shape."""
     if isinstance(known, np.ndarray):
         return np.ascontiguousarray(known)
     if name in ("sizes", "counts"):
@@ -118,7 +118,7 @@ def example(name: str, known: Any, random: np.random.Generator) -> Any:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Milliseconds of a bundle's operators in OpenVINO, by what calls them, and alone."""
+    """Return milliseconds of a bundle's operators in OpenVINO, by kind of extension, and alone."""
     model = open_bundle(folder).model()
     ours = sorted({node.op_type for node in model.graph.node if node.domain == DOMAIN} & set(interface._FUNCTIONS))
     extension = native.openvino_extension()
@@ -145,7 +145,7 @@ def measure(folder: Path) -> dict[str, float]:
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
 def main(bundles: tuple[Path, ...], output: Path) -> None:
-    """See the module's documentation."""
+    """Measure the overhead of our operators in OpenVINO's graph."""
     rows = {folder.name: measure(folder) for folder in bundles}
     for name, row in rows.items():
         click.echo(f"{name}: {row}")

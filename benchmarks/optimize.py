@@ -1,19 +1,19 @@
-"""What `optimize` gives, as its user gets it, held against the dense model, its time, and images that it did not see.
+"""Evaluates the result of `optimize`: against the dense model, its time, and images that the search did not see.
 
     python benchmarks/optimize.py --size 518 [--case any] [--minutes 8] [--loaded] [--earlier MERGE KEEP] -o FOLDER
     python benchmarks/optimize.py --seeds 10 [--minutes 2] -o FOLDER
     python benchmarks/optimize.py --size 518 --board h100 --board jetson-agx-thor [--minutes 8] -o FOLDER
 
-DINOv2 ViT-S/14, real weights, untrained. The command runs as a process of its own, with the default of every option but
-the precision: once in fp32 alone, once in any. Its images are the development and the training photographs; what it
-gives is judged by the publication photographs (`demo/split.py`), and timed once more, in turn with the dense model in
-the engines that ran that fastest, and with the plan of an earlier search (`--earlier`) in the answer's engine.
-Wall time is the command's, from start to end. With `--loaded` one core computes something else meanwhile.
+The model is DINOv2 ViT-S/14, real weights, untrained. The command runs in a separate process with the default of every
+option but the precision: once only in fp32, once in any. It gets the development and the training photographs. Its
+result is evaluated on the publication photographs (`demo/split.py`), and timed again, in turn with the dense model in
+its fastest engines, and with the plan of an earlier search (`--earlier`) in the result's engine. Wall time is the
+command's, from start to end. With `--loaded` one core computes something else meanwhile.
 
-With `--board` the latency is that of the estimate, in float16, with kernels: the answer's beside the dense model's, and
-beside that of the same merging with dense attention everywhere, which loses no more.
+With `--board` the latency is the estimate's, in float16, with kernels. The result is compared with the dense model, and
+with the same merging and dense attention everywhere, whose error is not larger.
 
-With `--seeds` each search, at 224 px, gets another 25 of these images; no search sees what it is held against.
+With `--seeds` each search, at 224 px, gets another 25 of these images; no search sees the images of the evaluation.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from sparsifiner_edge.config import SparsityConfig, parse_keep, parse_merge
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.front import Candidate, SearchResult
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.optimizer.whole import WholeModels, link_images, whole_ms
+from sparsifiner_edge.pareto import Candidate, SearchResult
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.profiles import roofline, stats
 from sparsifiner_edge.profiles.boards.board import load_board
@@ -53,11 +53,11 @@ from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject, read_result
 from sparsifiner_edge.sparse.student import dense_twin, load_student
 
-CASES = {"fp32": ("--precision", "fp32", "--computes", "auto"), "any": ()}
+CASES = {"fp32": ("--precision", "fp32", "--compute-precision", "auto"), "any": ()}
 """Options of the command."""
 ASKED = 0.98
 DRAWN = 25
-"""Of the images, by seed."""
+"""Number of images drawn per seed."""
 
 
 @click.command()
@@ -79,7 +79,7 @@ def main(
     boards: tuple[str, ...],
     output: Path,
 ) -> None:
-    """See the module's documentation."""
+    """Evaluate the result of `optimize`."""
     output.mkdir(parents=True, exist_ok=True)
     method = {"script": "benchmarks/optimize.py", "minutes": minutes, "loaded": loaded, "publication": len(published())}
     subject = Subject(path=Unavailable("computed here"), name=material.DINOV2, sha256=Unavailable("computed here"))
@@ -100,18 +100,18 @@ def main(
 
 
 def published() -> list[Path]:
-    """Photographs that nothing is tuned on."""
+    """Return photographs that nothing is tuned on."""
     return split.images("publication")
 
 
 def users() -> list[Path]:
-    """Images that a user might give: of those that may be tuned on the photographs."""
+    """Return images that a user might provide: photographs that may be used for tuning."""
     return [*split.images("development"), *(path for path in split.training() if path.suffix == ".jpg")]
 
 
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
-    """Meanwhile one core computes something else."""
+    """Keep one core busy with other work meanwhile."""
     other = multiprocessing.get_context("spawn").Process(target=compute, daemon=True)
     other.start()
     try:
@@ -121,13 +121,13 @@ def busy() -> Iterator[None]:
 
 
 def compute() -> None:
-    """For ever."""
+    """Compute forever."""
     while True:
         sum(number * number for number in range(10**6))
 
 
 def run(folder: Path, images: Sequence[Path], size: int, minutes: float, *options: str) -> tuple[SearchResult, float]:
-    """The command, and the seconds that it took; its result lies in the folder."""
+    """Run the command; return its duration in seconds. Its result is in the folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     data, out = link_images(folder / "images", images), folder / "out"
@@ -158,7 +158,7 @@ def run(folder: Path, images: Sequence[Path], size: int, minutes: float, *option
 
 
 def answer_of(result: SearchResult) -> Candidate:
-    """What was found, or an error that says why nothing was."""
+    """Return the search result, or raise an error with the reason if there is none."""
     answer = result.statistics.answer
     if isinstance(answer, Unavailable):
         raise click.ClickException(answer.why)
@@ -166,7 +166,7 @@ def answer_of(result: SearchResult) -> Candidate:
 
 
 def fidelities(folder: Path, answer: Candidate) -> list[float]:
-    """Of the answer, over the publication photographs."""
+    """Return the result's cosines over the publication photographs."""
     student = load_student(folder / "out" / "student")
     trial = Trial(student, dense_twin(student).model, published(), "patches")
     here = answer.engine.execution if answer.engine.is_here else None
@@ -175,7 +175,7 @@ def fidelities(folder: Path, answer: Candidate) -> list[float]:
 
 
 def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[str, str] | None) -> dict[str, Any]:
-    """One case, judged and timed."""
+    """Run, evaluate and time one case."""
     folder = output / "work" / f"{size}-{case}"
     result, seconds = run(folder, users(), size, minutes, *CASES[case])
     answer, front = answer_of(result), result.statistics
@@ -220,7 +220,7 @@ def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[
 
 
 def for_board(name: str, size: int, minutes: float, output: Path) -> dict[str, Any]:
-    """What a search for a board finds, as estimated."""
+    """Return the result of a search for a board, as estimated."""
     folder = output / "work" / f"{size}-{name}"
     result, seconds = run(folder, users(), size, minutes, "--board", name, "--precision", "fp16")
     answer, board = answer_of(result), load_board(name)
@@ -249,7 +249,7 @@ def for_board(name: str, size: int, minutes: float, output: Path) -> dict[str, A
         "times": dense / ours,
         "merged_alone_over_ours": merged / ours,
         "estimated_ms": answer.ms.value,
-        # The answer keeps a distance from the bound, since images differ; this just meets it on those searched with.
+        # The result keeps a margin to the bound, since images differ; this one just meets it on the search images.
         "at_the_bound": {
             "merge": nearest.merge,
             "keep": nearest.keep,
@@ -263,7 +263,7 @@ def for_board(name: str, size: int, minutes: float, output: Path) -> dict[str, A
 
 
 def seeded(seed: int, minutes: float, output: Path) -> dict[str, Any]:
-    """A search with other images: what it was asked for over the publication photographs."""
+    """Run a search with other images; evaluate it on the publication photographs."""
     images = sorted(random.Random(seed).sample(users(), DRAWN))
     folder = output / "work" / f"seed-{seed}"
     result, seconds = run(folder, images, 224, minutes)

@@ -1,10 +1,10 @@
-"""Whether `sparsifiner-edge profile` can be believed, on this machine.
+"""Checks on this machine that `sparsifiner-edge profile` can be trusted.
 
     python benchmarks/profile_checks.py [--bundle FOLDER] [-o FOLDER]
 
 1. The same bundle on both sides: no verdict in at least 19 of 20 runs.
-2. `profile` against a plain ONNX Runtime loop in a process of its own, which imports nothing of this package and is
-   timed around whole stretches of queries: within 3 %. Both in turn, round by round.
+2. `profile` and a plain ONNX Runtime loop in a separate process, which imports nothing of this package and times long
+   stretches of queries: within 3 %. Both run in turn, round by round.
 
 Run it on an idle machine. Without --bundle, DINOv2 ViT-S/14 at 224 px is exported with keep .25.
 """
@@ -37,7 +37,7 @@ from sparsifiner_edge.runtime.backend import native_library
 
 REQUIRED = {"no_verdict_share": 0.95, "agreement": 0.03}
 RUNS, ROUNDS, SECONDS = 20, 10, 5.0
-"""Comparisons of a bundle with itself, rounds against a plain loop, least seconds of each side."""
+"""Comparisons of a bundle with itself, rounds of `profile` and a plain loop, least seconds of each side."""
 Tell = Callable[[str], None]
 
 LOOP = """
@@ -68,7 +68,7 @@ print(json.dumps(found))
 
 
 def same_on_both_sides(bundle: Path, runs: int, seconds: float, threads: int, tell: Tell) -> list[dict[str, Any]]:
-    """Comparisons of a bundle with itself."""
+    """Compare a bundle with itself."""
     found = []
     for run in range(runs):
         tell(f"the same on both sides, {run + 1} of {runs}")
@@ -81,10 +81,10 @@ def same_on_both_sides(bundle: Path, runs: int, seconds: float, threads: int, te
 
 
 def against_a_plain_loop(bundle: Path, rounds: int, seconds: float, threads: int, tell: Tell) -> list[dict[str, float]]:
-    """Milliseconds per query by `profile` and by a loop outside, round by round, who is first in turn."""
+    """Return milliseconds per query by `profile` and by a plain loop, in rounds of alternating order."""
     found = []
     queries = 1
-    for number in range(rounds + 1):  # The first round finds the length of a stretch, and is not kept.
+    for number in range(rounds + 1):  # The first round finds the length of a stretch, and is dropped.
         tell(f"profile against a plain loop, {number} of {rounds}")
         measure = [lambda: ("profile", *_by_profile(bundle, seconds, threads))]
         measure.append(lambda q=queries: ("loop", _by_loop(bundle, seconds, threads, q), q))
@@ -99,7 +99,7 @@ def against_a_plain_loop(bundle: Path, rounds: int, seconds: float, threads: int
 
 
 def _by_profile(bundle: Path, seconds: float, threads: int) -> tuple[float, int]:
-    """The median over blocks of a block's mean, and the queries of a block."""
+    """Return the median over blocks of a block's mean, and the queries of a block."""
     result = profile_bundle(bundle, Execution(threads=threads), options=ProfileOptions(seconds=seconds, layers=False))
     size = result.method.block_queries["subject"]
     latency = np.array(result.samples["subject"]["latency_ms"])
@@ -116,7 +116,7 @@ def _by_loop(bundle: Path, seconds: float, threads: int, queries: int) -> float:
 
 
 def ratio(pairs: list[dict[str, float]]) -> dict[str, Any]:
-    """Median over rounds of profile's time over the loop's, with its interval."""
+    """Return the median over rounds of profile's time over the loop's, with its interval."""
     ratios = [pair["profile"] / pair["loop"] for pair in pairs]
     return dict(write_record(stats.median(ratios, "order statistics of paired rounds")))
 
@@ -153,7 +153,9 @@ def export(folder: Path) -> Path:
     from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
 
-    student = sparsify(material.DINOV2, folder / "student", weights=weights_file(), img_size=224, keep=0.25, cells=16)
+    student = sparsify(
+        material.DINOV2, folder / "student", weights=weights_file(), img_size=224, keep=0.25, background_tokens=16
+    )
     return export_bundle(student, folder / "dinov2-224")
 
 

@@ -1,14 +1,16 @@
-"""What corruptions cost sparse models beyond dense ones, beside the rivals: token merging by ToMe's rule and token
-pruning (EViT), at about half of the dense multiply-accumulates, all trained by one recipe for as many steps.
+"""Measures the drop of sparse models on corrupted images beyond that of the dense model, and of rivals.
 
     python benchmarks/robustness.py train [--task classes|saliency] [--only NAME] [--work FOLDER]
-    python benchmarks/robustness.py measure [--task ..] [--work FOLDER] [-o FOLDER]    # hours; goes on where stopped
+    python benchmarks/robustness.py measure [--task ..] [--work FOLDER] [-o FOLDER]    # hours; resumes where stopped
+
+Rivals are token merging by ToMe's rule and token pruning (EViT), at about half of the dense multiply-accumulates. All
+are trained by one recipe for the same number of steps.
 
 `classes`: DINOv2 ViT-S/14 at 224 px, a linear probe of Fashion-MNIST on frozen features, learnt from clean images.
 `saliency`: `sparsifiner_edge.demo.saliency` at 518 px, IoU with true masks (stamps on publication photographs). A dense
-map needs every token, so nothing is pruned there. `features`: cosines of the classifier's students, at several budgets,
-on the publication photographs. Trainings see photographs and Fashion-MNIST's training images, none that is measured on.
-Needs the packages that `accuracy.py` and `stamps.py` name.
+map needs every token, so nothing is pruned there. `features`: cosines of the models of `classes`, at several budgets,
+on the publication photographs. Trainings use photographs and Fashion-MNIST's training images, none of which is
+measured. Needs the packages that `accuracy.py` and `stamps.py` name.
 """
 
 from __future__ import annotations
@@ -47,18 +49,19 @@ from sparsifiner_edge.sparse.merge import Merging
 
 MODULE, SALIENCY_SIZE = "sparsifiner_edge.demo.saliency", 518
 GALLERY, QUERIES, STAMPS, SEVERITY = 600, 120, 30, 3
-"""Images of each task. Severity 3 is the middle of five."""
+"""Number of images for each task; severity 3 is the middle of five."""
 STAGES = ("untrained", "trained")
 RIVALS = ("ToMe", "EViT")
 """Ours are compared with these, image by image."""
 
 
 class Contender(NamedTuple):
-    """One student.
+    """One sparse model.
 
     Attributes:
-        sparsify: how it is made. by_tome: whether tokens merge by ToMe's rule.
-        of: the student of the classifier's that it is, `sparsify` its budget.
+        sparsify: Settings that make it.
+        by_tome: Merge tokens by ToMe's rule.
+        of: Model of the classifier that it reuses, with `sparsify` as its budget.
     """
 
     sparsify: dict[str, Any]
@@ -67,7 +70,7 @@ class Contender(NamedTuple):
 
 
 def falling(first: int) -> tuple[int, ...]:
-    """Rates that fall to 0 in the last of twelve layers."""
+    """Return rates that fall to 0 in the last of twelve layers."""
     return tome.schedule((first, 1), 12)[0]
 
 
@@ -79,7 +82,7 @@ TASKS: dict[str, dict[str, Contender]] = {
         "EViT": Contender({"keep": 1.0, "token_keep": parse_token_keep("3:.52,6:.52,9:.52")}),
     },
     "saliency": {
-        "ours": Contender({"keep": READ, "cells": 49, "merge": falling(122)}),
+        "ours": Contender({"keep": READ, "background_tokens": 49, "merge": falling(122)}),
         "ToMe": Contender({"keep": 1.0, "merge": falling(140)}, by_tome=True),
     },
     "features": {
@@ -116,7 +119,7 @@ RECIPES = {
 
 @contextlib.contextmanager
 def merging_by(tome_rule: bool) -> Iterator[None]:
-    """Whether students merge as ToMe does: tokens in raster order, any partner, several into one."""
+    """Make models merge as ToMe does: tokens in raster order, any partner, several into one."""
     with contextlib.ExitStack() as stack:
         if tome_rule:
             stack.enter_context(mock.patch.object(Merging, "forward", _tome))
@@ -131,14 +134,14 @@ def _tome(self: Merging, tokens: CarriedTokens, qkv: torch.Tensor, num_heads: in
     here = torch.arange(x.shape[1]).expand(x.shape[:2])
     merged, total, new = tome.merge(keys, x, sizes[..., None], here, self.merged)
     after = new[:, self.prefix :] - self.prefix
-    # A token stands where the last of its sources does.
+    # A token keeps the place of its last source.
     source = torch.zeros_like(total[..., 0], dtype=torch.long).scatter(1, new, here)[:, self.prefix :] - self.prefix
     places = after if tokens.places is None else after.gather(1, tokens.places)
     return CarriedTokens(merged, total[..., 0], places, tokens.positions.gather(1, source))
 
 
 def untrained(work: Path, task: str, name: str) -> Path:
-    """The student before its training."""
+    """Return the sparse model before its training."""
     made, contender = work / f"{task}-{name}-untrained", TASKS[task][name]
     if not made.exists():
         options = contender.sparsify | {"calibrate": linked(work / "calibration", split.images("calibration"))}
@@ -149,7 +152,7 @@ def untrained(work: Path, task: str, name: str) -> Path:
 
 
 def training_images(work: Path, task: str) -> Path:
-    """Folders `train` and `held-out`."""
+    """Return the folder of `train` and `held-out` images."""
     if task == "classes":
         return collect_fashion(work / "pictures-fashion", collect(work / "pictures"))
     folder = photographs_at(work / "pictures-saliency", SALIENCY_SIZE)
@@ -160,7 +163,7 @@ def training_images(work: Path, task: str) -> Path:
 
 @click.group()
 def main() -> None:
-    """See the module's documentation."""
+    """Train sparse models and rivals, and measure them on corrupted images."""
 
 
 _task = click.option("--task", "tasks", type=click.Choice(list(TASKS)), multiple=True, default=list(TASKS))
@@ -174,7 +177,7 @@ _work = click.option("--work", type=click.Path(path_type=Path), default=Path("bu
 @_only
 @_work
 def train(tasks: tuple[str, ...], only: tuple[str, ...], work: Path) -> None:
-    """Train the students, one after the other."""
+    """Train the models, one after the other."""
     work.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         pictures = training_images(work, task)
@@ -188,7 +191,7 @@ def train(tasks: tuple[str, ...], only: tuple[str, ...], work: Path) -> None:
 
 
 def student_of(work: Path, task: str, name: str, stage: str) -> Path:
-    """The student's folder."""
+    """Return the model's folder."""
     contender = TASKS[task][name]
     if contender.of:
         return student_of(work, "classes", contender.of, stage)
@@ -196,7 +199,7 @@ def student_of(work: Path, task: str, name: str, stage: str) -> Path:
 
 
 def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> RobustnessResult:
-    """A student under every corruption, beside the dense model; kept on disk, for it takes long."""
+    """Evaluate a model under every corruption against the dense model; cached on disk, since it takes long."""
     contender, student = TASKS[task][name], student_of(work, task, name, stage)
     label = f"{task}-{name}" + ("-untrained" if stage == "untrained" else "")
     kept = work / f"{label}.json"
@@ -224,7 +227,7 @@ def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> Robus
 
 
 def class_folders(work: Path, part: str, count: int) -> Path:
-    """Fashion-MNIST as folders of PNGs, one per class."""
+    """Write Fashion-MNIST as folders of PNGs, one per class."""
     folder = work / f"fashion-{part}"
     if not folder.exists():
         images, made = fashion_mnist(part).first(count), folder.with_suffix(".part")
@@ -237,7 +240,7 @@ def class_folders(work: Path, part: str, count: int) -> Path:
 
 
 def _stages(contender: Contender) -> tuple[str, ...]:
-    """Those in which it differs from others."""
+    """Return the stages to measure: only "trained" for a model reused at another budget."""
     return ("trained",) if contender.of else STAGES
 
 
@@ -247,7 +250,7 @@ def _stages(contender: Contender) -> tuple[str, ...]:
 @_work
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result.")
 def measure(tasks: tuple[str, ...], only: tuple[str, ...], work: Path, output: Path | None) -> None:
-    """Measure students untrained, and those that were trained; ours less each rival's, image by image."""
+    """Measure untrained and trained models, and the differences of ours to each rival, image by image."""
     work.mkdir(parents=True, exist_ok=True)
     found: dict[str, RobustnessResult] = {}
     macs: dict[str, float] = {}
@@ -272,31 +275,31 @@ def measure(tasks: tuple[str, ...], only: tuple[str, ...], work: Path, output: P
 
 
 def differences(found: dict[str, RobustnessResult]) -> dict[str, Quantity]:
-    """Extra loss of ours less that of each rival, image by image; of a rival that was not trained, untrained."""
+    """Return the extra drop of ours less that of each rival, image by image; untrained for rivals without training."""
     apart = {}
     for label, ours in found.items():
         task, _, name = label.partition(": ")
         for rival in RIVALS if name.startswith("ours") else ():
             names = [one for stage in reversed(STAGES) if (one := f"{task}: {rival}, {stage}") in found]
             for score in ours.samples if names else ():
-                less = extra_lost(ours, score) - extra_lost(found[names[0]], score)
+                less = extra_drop(ours, score) - extra_drop(found[names[0]], score)
                 apart[f"{label} less {names[0]}: {score}"] = small_sample_mean(less)
     return apart
 
 
-def extra_lost(result: RobustnessResult, score: str) -> Any:
-    """One value per image: what was lost beyond the dense model."""
+def extra_drop(result: RobustnessResult, score: str) -> Any:
+    """Return the drop beyond that of the dense model, one value per image."""
     apart = {label: np.subtract(x["subject"], x["teacher"]) for label, x in result.samples[score].items()}
     clean = apart.pop(CLEAN)
     return clean - np.mean(list(apart.values()), 0)
 
 
 def short(found: dict[str, RobustnessResult], macs: dict[str, float]) -> dict[str, Any]:
-    """Statistics for the summary: all corruptions together, and each by its extra loss."""
+    """Return statistics for the summary: all corruptions together, and the extra drop of each."""
     rows = {}
     for label, result in found.items():
         for score, by_name in result.statistics.items():
-            each = {name: x.extra_lost for name, x in by_name.items() if name not in (CLEAN, ALL)}
+            each = {name: x.extra_drop for name, x in by_name.items() if name not in (CLEAN, ALL)}
             row = {"macs": macs[label], CLEAN: by_name[CLEAN], ALL: by_name[ALL], "each": each}
             rows[f"{label}: {score}"] = write_record(row)
     return rows
@@ -314,8 +317,8 @@ def show(found: dict[str, RobustnessResult], macs: dict[str, float], apart: dict
                     f"{macs[label] / 1e9:.1f}",
                     f"{100 * clean.teacher:.1f}",
                     f"{100 * clean.subject:.1f}",
-                    f"{100 * every.teacher_lost.value:.1f}",
-                    in_points(every.extra_lost),
+                    f"{100 * every.teacher_drop.value:.1f}",
+                    in_points(every.extra_drop),
                 ]
             )
     head = ["", "images", "G MACs", "dense, clean", "clean", "dense loses", "extra loss"]
@@ -326,7 +329,7 @@ def show(found: dict[str, RobustnessResult], macs: dict[str, float], apart: dict
 
 
 def in_points(x: Quantity) -> str:
-    """Of 100."""
+    """Return percentage points."""
     of_100 = x.times(100)
     return f"{of_100.value:+.2f} ({of_100.low:+.2f} to {of_100.high:+.2f})"
 

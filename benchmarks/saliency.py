@@ -1,15 +1,16 @@
-"""A trained dense task at 518 px: maps of the saliency model, sparse beside dense, on photographs nothing was tuned on.
+"""Measures a trained dense task at 518 px: maps of the sparse and dense saliency model on unseen photographs.
 
     python benchmarks/saliency.py --train FOLDER                  # 420 steps, some 8 s each on two cores
     python benchmarks/saliency.py [--student FOLDER/student] [--stamps FOLDER] [--time] [-o FOLDER]
 
-The model is `sparsifiner_edge.demo.saliency`. Per budget: mean absolute error, IoU at .5 and AUROC of the map against
-the dense model's over the publication photographs; with --stamps (see `stamps.py`), at 24 G multiply-accumulates at
-most, IoU and AUROC of both against the true masks, and what is lost, image by image. Rivals stand beside: ToMe and MAT
-(`tome.py`) in the backbone, and the dense model for fewer pixels, whose map is resized: neither that nor resizing its
-images is in its time. --train: distils a student on the training photographs; the decoder's own maps are the
-teacher's. --student: that one; without, untrained. --time: the whole model with its decoder in fp32, ours and rivals in
-ONNX Runtime and OpenVINO, the dense one in torch too, interleaved in one run; the ratio is that of the fastest.
+The model is `sparsifiner_edge.demo.saliency`. Each budget gives mean absolute error, IoU at .5 and AUROC of the map
+against the dense model's over the publication photographs. With --stamps (see `stamps.py`), at 24 G multiply-
+accumulates at most, it also gives IoU and AUROC of both against the true masks, and the drop, image by image. Rivals:
+ToMe and MAT (`tome.py`) in the backbone, and the dense model for fewer pixels, whose map is resized; neither that nor
+resizing its images is in its time. --train: distil a sparse model on the training photographs; the decoder's own maps
+are the teacher's. --student: use that model; otherwise an untrained one. --time: time the complete model with its
+decoder in fp32, ours and rivals in ONNX Runtime and OpenVINO, the dense one in torch too, interleaved in one run; the
+ratio is that of the fastest.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import Keep, keep_text, merge_text
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.demo.saliency import OUTPUT, saliency
+from sparsifiner_edge.evaluate.evaluators import answers, evaluator_of
 from sparsifiner_edge.evaluate.extract import Extractor
-from sparsifiner_edge.evaluate.judges import answers, judge_of
 from sparsifiner_edge.evaluate.reading import feed_of
 from sparsifiner_edge.evaluate.scores import clean_scores, score_statistics
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.fitting import Framing
 from sparsifiner_edge.images import Normalisation, list_images
-from sparsifiner_edge.judge import MAPS
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.scoring import MAPS
 from sparsifiner_edge.sparse.source import load_source
 from sparsifiner_edge.sparse.weights import normalise
 
 MODULE, SIZE = "sparsifiner_edge.demo.saliency", 518
 READ: Keep = (0.2, 0.2, 0.5, 1.0)
-"""Chosen on the development photographs, one for all budgets."""
+"""Shares of keys, chosen on the development photographs, one for all budgets."""
 BUDGETS: tuple[tuple[tuple[int, ...], Keep], ...] = (
     ((54, 0), 1.0),
     ((80, 0), READ),
@@ -62,11 +63,11 @@ BUDGETS: tuple[tuple[tuple[int, ...], Keep], ...] = (
     ((182, 0), READ),
 )
 STAMPED = 24e9
-"""Multiply-accumulates of the layers, at most, of what is held against true masks."""
-FIGURES = ("teacher_iou", "lost_iou", "lost_auroc")
-"""What is shown of that."""
+"""Maximum multiply-accumulates of the layers for the comparison with true masks."""
+FIGURES = ("teacher_iou", "drop_iou", "drop_auroc")
+"""Printed figures of that comparison."""
 FALLING, SIDES = (150, 180), (392, 336)
-"""Of rivals: what merges in the first layer, and pixels."""
+"""Rivals: merging rates in the first layer, and pixels per side."""
 ROUNDS = 11
 TRAINING = (
     "batch=2",
@@ -78,7 +79,7 @@ TRAINING = (
     "images.mixed=0",
     "check_every=40",
 )
-"""What differs from the recipe: images are larger, batches small (clip), shares of keys the student's own."""
+"""Changes to the recipe: images are larger, batches small (clip), shares of keys the model's own."""
 
 
 def name_of(merge: tuple[int, ...], keep: Keep) -> str:
@@ -88,26 +89,26 @@ def name_of(merge: tuple[int, ...], keep: Keep) -> str:
 def untrained(folder: Path) -> Path:
     if not (folder / "untrained").exists():
         calibration = linked(folder / "calibration", split.images("calibration"))
-        se.sparsify(f"{MODULE}:saliency", folder / "untrained", keep=READ, cells=49, calibrate=calibration)
+        se.sparsify(f"{MODULE}:saliency", folder / "untrained", keep=READ, background_tokens=49, calibrate=calibration)
     return folder / "untrained"
 
 
 def train(work: Path) -> None:
-    """Distil towards the dense model's tokens and maps, judged by the development photographs."""
+    """Distil towards the dense model's tokens and maps, evaluated on the development photographs."""
     pictures = photographs_at(work / "pictures", SIZE) / "train"
     judges = linked(work / "development", split.images("development"))
     distilled(untrained(work), pictures, work / "student", judges, overrides=TRAINING, trust=[MODULE])
 
 
 class Exported(NamedTuple):
-    """One budget's file. macs: of the backbone's layers."""
+    """One budget's file. macs: multiply-accumulates of the backbone's layers."""
 
     bundle: Path
     macs: float
 
 
 def exported(student: Path, folder: Path, tell: Any) -> tuple[Path, dict[str, Exported]]:
-    """The dense bundle, and one per budget."""
+    """Return the dense bundle, and one per budget."""
     tell("export dense")
     dense, found = se.export_bundle(f"{MODULE}:saliency", folder / "dense"), {}
     for merge, keep in BUDGETS:
@@ -122,7 +123,7 @@ def exported(student: Path, folder: Path, tell: Any) -> tuple[Path, dict[str, Ex
 
 
 def fidelity(dense: Path, files: dict[str, Exported], stamps: Path | None, tell: Any) -> dict[str, dict[str, Any]]:
-    """Per budget: multiply-accumulates, and the figures of the task."""
+    """Return multiply-accumulates and the figures of the task per budget."""
     rows: dict[str, dict[str, Any]] = {}
     for name, file in files.items():
         tell(f"maps, {name}")
@@ -143,7 +144,7 @@ def fidelity(dense: Path, files: dict[str, Exported], stamps: Path | None, tell:
 
 
 class Merged(nn.Module):
-    """uint8 images [B,H,W,3] -> maps [B,H,W], as the only output: the model with a rival's backbone."""
+    """The model with a rival's backbone: uint8 images [B,H,W,3] -> maps [B,H,W], as the only output."""
 
     def __init__(self, rates: list[int], chained: bool) -> None:
         super().__init__()
@@ -158,7 +159,12 @@ class Merged(nn.Module):
 
 
 class Rival(NamedTuple):
-    """One that runs in stock engines; side: of its images. macs: of the backbone's layers."""
+    """A rival for stock engines.
+
+    Attributes:
+        side: Pixels per side of its images.
+        macs: Multiply-accumulates of the backbone's layers.
+    """
 
     module: nn.Module
     side: int
@@ -166,7 +172,7 @@ class Rival(NamedTuple):
 
     @torch.inference_mode()
     def map(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Of uint8 images [B,SIZE,SIZE,3]."""
+        """Return the maps of uint8 images [B,SIZE,SIZE,3]."""
         if self.side == SIZE:
             return {OUTPUT: self.module(torch.from_numpy(images))[0].numpy()}
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
@@ -176,7 +182,7 @@ class Rival(NamedTuple):
 
 
 def rivals() -> dict[str, Rival]:
-    """By name."""
+    """Return rivals by name."""
     dense = saliency()
     depth, width = len(dense.backbone.blocks), dense.backbone.embed_dim
 
@@ -196,7 +202,7 @@ def rivals() -> dict[str, Rival]:
 
 
 def rivals_fidelity(dense: Path, found: dict[str, Rival], stamps: Path | None, tell: Any) -> dict[str, dict[str, Any]]:
-    """As `fidelity`, of rivals in torch."""
+    """Return the figures of `fidelity` for rivals in torch."""
     rows: dict[str, dict[str, Any]] = {}
     session = open_session(dense)
     framing = Framing(SIZE, "crop", None)
@@ -219,9 +225,9 @@ def rivals_fidelity(dense: Path, found: dict[str, Rival], stamps: Path | None, t
         rows[name] = {"macs": rival.macs, "samples": {}}
         for of, (files, masks) in sets.items():
             tell(f"{of}, {name}")
-            judge = judge_of(MAPS, files, framing, None, masks, clean=True)
-            pairs = answers(judge, extractor(name, rival.map), teacher, feed_of(None, framing), None)
-            rows[name]["samples"][of] = clean_scores(judge, pairs)
+            evaluator = evaluator_of(MAPS, files, framing, None, masks, clean=True)
+            pairs = answers(evaluator, extractor(name, rival.map), teacher, feed_of(None, framing), None)
+            rows[name]["samples"][of] = clean_scores(evaluator, pairs)
             rows[name][of] = write_record(score_statistics(rows[name]["samples"][of]))
     return rows
 
@@ -229,7 +235,7 @@ def rivals_fidelity(dense: Path, found: dict[str, Rival], stamps: Path | None, t
 def times(
     dense: Path, files: dict[str, Exported], others: dict[str, Rival], folder: Path, tell: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Milliseconds [rounds, 1] of every engine; medians, and the ratio of the fastest dense to the fastest of ours."""
+    """Return milliseconds [rounds, 1] of every engine; medians, and the ratio of the fastest dense to our fastest."""
     threads = available_cores()
     image = smooth_images(SIZE)
     loaded = load_source(f"{MODULE}:saliency")
@@ -268,7 +274,7 @@ def times(
 
 
 def brief(row: dict[str, Any]) -> dict[str, Any]:
-    """Of what is held against true masks that of each model alone is left out: what is lost says it."""
+    """Drop the separate figures of each model against true masks, which their difference covers."""
     if "stamps" not in row:
         return row
     return row | {"stamps": {name: row["stamps"][name] for name in ("iou", "auroc", *FIGURES)}}
@@ -301,7 +307,7 @@ def show(rows: dict[str, dict[str, Any]], timed: dict[str, Any]) -> None:
 @click.option("--time", "timed", is_flag=True, help="Measure time too.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for saliency.json.")
 def main(work: Path | None, student: Path | None, stamps: Path | None, timed: bool, output: Path | None) -> None:
-    """See the module's documentation."""
+    """Measure a trained dense task at 518 px."""
     if work:
         train(work)
         return

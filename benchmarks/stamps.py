@@ -1,10 +1,10 @@
-"""Images with exact masks: Tux Paint's stamps, cut out by their transparency, on the publication photographs, seeded.
+"""Makes images with exact masks: Tux Paint's stamps, cut out by their transparency, on publication photographs.
 
     python benchmarks/stamps.py -o FOLDER [--count 200] [--size 518]
 
-FOLDER/images and FOLDER/masks hold one PNG each under one name, for `evaluate --metric task --masks`. Nothing was
-tuned, trained or calibrated on either. Needs the Debian packages tuxpaint-stamps-default, opencv-doc and
-budgie-backgrounds.
+FOLDER/images and FOLDER/masks hold one PNG each under one name, for `evaluate --metric task --masks`. The images are
+seeded; nothing was tuned, trained or calibrated on either. Needs the Debian packages tuxpaint-stamps-default, opencv-
+doc and budgie-backgrounds.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sparsifiner_edge.images import load_image
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 LEAST_SIDE, SHARES = 60, (0.15, 0.95)
-"""Pixels of a usable stamp, and bounds of the share of its box that is opaque: the rest are backgrounds or lines."""
+"""Minimum side of a stamp, and bounds of its opaque share: others are backgrounds or lines."""
 SCALES = (0.35, 0.6)
 """Longer side of a pasted stamp, as a share of the image's."""
 
 
 def usable() -> list[Path]:
-    """Stamps whose transparency cuts something out."""
+    """Return stamps whose transparency cuts something out."""
     found = []
     for path in sorted(STAMPS.rglob("*.png")):
         with Image.open(path) as stamp:
@@ -40,7 +40,7 @@ def usable() -> list[Path]:
 
 
 def write(folder: Path, count: int, size: int, seed: int = 0) -> None:
-    """`count` images and their masks."""
+    """Write `count` images and their masks."""
     if not STAMPS.is_dir():
         raise click.UsageError(f"{STAMPS} is missing: apt-get install tuxpaint-stamps-default")
     draw = random.Random(seed)
@@ -68,7 +68,7 @@ def write(folder: Path, count: int, size: int, seed: int = 0) -> None:
 @click.option("--size", default=518, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def main(count: int, size: int, output: Path) -> None:
-    """See the module's documentation."""
+    """Write images with exact masks."""
     write(output, count, size)
     click.echo(f"{output}: {count} images and masks")
 

@@ -1,15 +1,14 @@
-"""A camera's stream beside the dense model and what else one would do: frames of a video, all of them against the dense
-model's outputs of the same frame.
+"""Compares streaming inference with the dense model and with alternatives, on the frames of a video.
 
     python benchmarks/stream.py [--video FILE] [--start 400] [--frames 300] [--model saliency] [--size 518] [--int8]
         [--every 1] [-o FOLDER]
 
-Per way: mean cosine of the patches, of the worst frame, and of the moving tenth (the patches whose dense output differs
-most from that of the frame before); share of the frames at .98; of a decoder's map the IoU; milliseconds a frame in
-turn with the dense model in every engine, of which the fastest counts. Ways: a stream of fixed shares, one that keeps
-to .98 by itself, the dense model of every k-th frame, held, and one of fewer pixels
-in fp32, whose tokens are enlarged.
-With --int8 the streams run a file in int8, which the dense model's engines then may too.
+All are compared with the dense model's outputs of the same frame. Each way gives the mean cosine of the patches, of the
+worst frame, and of the moving tenth (the patches whose dense output differs most from that of the frame before); the
+share of the frames at .98; the IoU of a decoder's map; and milliseconds per frame in turn with the dense model in every
+engine, of which the fastest counts. Ways: streams of fixed shares, one that adapts to keep .98, the dense model on
+every k-th frame with its answer held, and the dense model in fp32 for fewer pixels, whose tokens are enlarged. With
+--int8 the streams run a file in int8, which the dense model's engines may use too.
 """
 
 from __future__ import annotations
@@ -41,24 +40,24 @@ from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.fitting import Framing
 from sparsifiner_edge.images import fit_image
-from sparsifiner_edge.judge import THRESHOLD
 from sparsifiner_edge.metrics import cosine, intersection_over_union
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.results import Result, Subject
+from sparsifiner_edge.scoring import THRESHOLD
 
 SHARES, HELD, AT_LEAST = (1 / 8, 1 / 16), (2, 4, 8), 0.98
 FEWER = 0.5
-"""Of the pixels a side: a quarter of the tokens."""
+"""Share of the pixels per side: a quarter of the tokens."""
 FP32 = (Execution(backend="onnxruntime"), Execution(backend="openvino"))
-ANY = (Execution(backend="openvino", precision="bf16"),)
+ANY = (Execution(backend="openvino", compute_precision="bf16"),)
 BLOCK = 10
-"""Frames that a way answers before it is the next one's turn; after each, every engine's dense model is timed once."""
+"""Frames that a way answers before the next one; after each, every engine's dense model is timed once."""
 MAP = "saliency"
 Infer = Callable[[dict[str, Array]], dict[str, Array]]
 
 
 def frames(video: Path, size: int, start: int, count: int) -> Iterator[Array]:
-    """uint8 [1,H,W,3] of consecutive frames, cropped."""
+    """Yield uint8 [1,H,W,3] of consecutive frames, cropped."""
     import av
 
     with av.open(str(video)) as file:
@@ -70,7 +69,7 @@ def frames(video: Path, size: int, start: int, count: int) -> Iterator[Array]:
 
 
 def exported(model: str, size: int, folder: Path, int8: bool = False) -> Path:
-    """The dense model with the files of a stream, and tokens; int8: calibrated with photographs of development."""
+    """Export the dense model with stream files and tokens; int8: calibrated with development photographs."""
     name, options = material.DINOV2, se.ModelOptions(weights=weights_file(), img_size=size)
     if model == MAP:
         name, options = "sparsifiner_edge.demo.saliency:saliency", se.ModelOptions(img_size=size)
@@ -85,11 +84,13 @@ def exported(model: str, size: int, folder: Path, int8: bool = False) -> Path:
 
 
 class Way:
-    """One way to answer frames, and what came of it.
+    """One way to answer frames, and its results.
 
     Attributes:
-        lost: 1 - cosine of each patch, frame by frame. iou: of the maps. ms: of each frame. whole: frames that were
-            computed whole, or by the model.
+        lost: 1 - cosine of each patch, per frame.
+        iou: IoU of the map, per frame.
+        ms: Milliseconds, per frame.
+        whole: Number of frames computed in full, or by the full model.
     """
 
     def __init__(self, infer: Infer, stream: Any = None) -> None:
@@ -99,18 +100,18 @@ class Way:
     def answer(self, image: Array, dense: dict[str, Array], prefix: int) -> None:
         outputs: dict[str, Array] = {}
         taken = call_ms(lambda: outputs.update(self.infer({"image": image})), 1)[0]
-        self.whole += self.stream is not None and self.stream.computed.by != "step"
+        self.whole += self.stream is not None and self.stream.computed.by != "incremental"
         self.judge(outputs, taken, dense, prefix)
 
     def judge(self, outputs: dict[str, Array], ms: float, dense: dict[str, Array], prefix: int) -> None:
-        """An answer that took so long."""
+        """Score an answer that took `ms`."""
         self.ms.append(ms)
         self.lost.append(1 - cosine(outputs["tokens"], dense["tokens"])[0, prefix:])
         if MAP in dense and outputs[MAP].shape == dense[MAP].shape:
             self.iou.append(intersection_over_union(outputs[MAP] > THRESHOLD, dense[MAP] > THRESHOLD))
 
     def figures(self, moved: Array, dense_ms: float) -> dict[str, Any]:
-        """moved: how much each patch's dense output differs from the frame's before, [F-1,P]."""
+        """Return the figures; moved: difference of each patch's dense output to the previous frame, [F-1,P]."""
         lost = np.array(self.lost)[1:]
         moving = np.argsort(-moved, 1)[:, : moved.shape[1] // 10]
         by_frame = lost.mean(1)
@@ -128,7 +129,7 @@ class Way:
 
 
 def enlarged(tokens: Array, size: int, prefix: int) -> Array:
-    """Tokens [1,N,C] of fewer patches on a square grid, each between the nearest of them."""
+    """Interpolate tokens [1,N,C] of fewer patches to a larger square grid."""
     side = round(math.sqrt(tokens.shape[1] - prefix))
     grid = torch.from_numpy(tokens[:, prefix:]).reshape(1, side, side, -1).permute(0, 3, 1, 2)
     whole = torch.nn.functional.interpolate(grid, (size, size), mode="bilinear", align_corners=False)
@@ -136,21 +137,22 @@ def enlarged(tokens: Array, size: int, prefix: int) -> Array:
 
 
 def engines(bundles: list[Path], stack: contextlib.ExitStack) -> dict[str, Any]:
-    """The dense model, open in each engine, the first of which tells the truth."""
+    """Open the dense model in each engine; the first gives the reference outputs."""
     dense = dict[str, Any]()
     for bundle in (bundles[0], *bundles[2:]):
         for engine in (*FP32, *(ANY if bundles[2:] else ())):
-            with contextlib.suppress(SparsifinerError):  # A processor without bf16.
+            with contextlib.suppress(SparsifinerError):  # A CPU without bf16.
                 name = f"{engine.backend}, {engine.precision}" + ", int8" * (bundle is not bundles[0])
                 dense[name] = stack.enter_context(se.open_session(bundle, engine))
     return dense
 
 
 class Beside:
-    """What one would do in place of a stream: the dense model of fewer pixels, and frames that are held.
+    """Alternatives to a stream: the dense model for fewer pixels, and held frames.
 
     Attributes:
-        ways: by name. moved: how much each patch's dense output differs from the frame's before.
+        ways: Ways by name.
+        moved: Difference of each patch's dense output to the previous frame.
     """
 
     def __init__(self, fewer: se.Session, prefix: int) -> None:
@@ -159,7 +161,7 @@ class Beside:
         self.moved, self._before, self._held = list[Array](), None, dict[int, dict[str, Array]]()
 
     def take(self, number: int, small: Array, dense: dict[str, Array]) -> None:
-        """A frame, in fewer pixels, and what the dense model says of it."""
+        """Process a frame, given in fewer pixels and with its dense outputs."""
         if self._before is not None:
             self.moved.append(1 - cosine(self._before, dense["tokens"])[0, self._prefix :])
         self._before = dense["tokens"]
@@ -176,8 +178,10 @@ class Beside:
 def measure(
     bundles: list[Path], video: Path, start: int, count: int, execution: Execution, every: int
 ) -> dict[str, Any]:
-    """All ways on the same frames, in turn by blocks of frames, as a camera's follow each other. bundles: in fp32, of
-    fewer pixels; and in int8, which streams run then.
+    """Measure all ways on the same consecutive frames, in turn by blocks of frames.
+
+    Args:
+        bundles: In fp32; for fewer pixels; and optionally in int8, which streams then run.
     """
     prefix, number = 1, 0
     with contextlib.ExitStack() as stack:
@@ -215,7 +219,7 @@ def measure(
     return {
         "ways": rows,
         "dense_ms": medians,
-        "engine": f"{execution.backend}, {execution.precision}",
+        "engine": f"{execution.backend}, {execution.compute_precision}",
         "frames": number,
     }
 
@@ -227,7 +231,7 @@ def measure(
 @click.option("--model", type=click.Choice(["dinov2", MAP]), default="dinov2", show_default=True)
 @click.option("--size", default=518, show_default=True)
 @click.option("--backend", type=click.Choice(["onnxruntime", "openvino"]), default="onnxruntime", show_default=True)
-@click.option("--precision", default="auto", show_default=True)
+@click.option("--compute-precision", "precision", default="auto", show_default=True)
 @click.option("--int8", is_flag=True)
 @click.option("--every", default=1, show_default=True, help="Compare one of so many frames.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for stream_MODEL_SIZE.json.")
@@ -243,12 +247,12 @@ def main(
     every: int,
     output: Path | None,
 ) -> None:
-    """See the module's documentation."""
+    """Compare streaming inference with the dense model and with alternatives."""
     with tempfile.TemporaryDirectory() as scratch:
         small = round(size * FEWER / 14) * 14
         bundles = [exported(model, side, Path(scratch) / f"bundle{side}") for side in (size, small)]
         bundles += [exported(model, size, Path(scratch) / "int8", True)] if int8 else []
-        found = measure(bundles, video, start, count, Execution(backend=backend, precision=precision), every)
+        found = measure(bundles, video, start, count, Execution(backend=backend, compute_precision=precision), every)
         subject = Subject(path=model, sha256=bundle_hash(bundles[-1]))
     rows = [
         [

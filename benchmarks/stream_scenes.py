@@ -1,7 +1,8 @@
-"""Videos of a fixed camera, made of photographs: pieces of other photographs move over a still one, the light drifts,
-the sensor has noise, and H.264 encodes it. Always the same for the same arguments.
+"""Makes fixed-camera videos from photographs: moving pieces, drifting light, sensor noise, H.264.
 
     python benchmarks/stream_scenes.py FOLDER [--set publication] [--frames 300]
+
+Pieces of other photographs move over a still one. The result depends only on the arguments.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from sparsifiner_edge.fitting import Framing
 from sparsifiner_edge.images import load_image
 
 SIDE, RATE = 720, 25
-"""Pixels of a frame, square, and frames a second."""
+"""Side of a square frame in pixels; frames per second."""
 NOISE, DRIFT, PERIOD_S = 3.0, 0.15, 20.0
-"""Deviation of a pixel, of 255; and how far the gain goes from one to the other end of this many seconds, and back."""
+"""Standard deviation of pixel noise (of 255); gain drift from end to end; seconds of a drift cycle, there and back."""
 
 
 class Scene(NamedTuple):
-    """A background, what moves over it, by the photographs' file names, and the share of the area of each."""
+    """A background, the moving pieces by the photographs' file names, and the area share of each."""
 
     background: str
     pieces: tuple[str, ...]
@@ -47,7 +48,7 @@ SCENES = {
 
 
 def scene_frames(scene: Scene, chosen: str, count: int) -> Iterator[Array]:
-    """uint8 [SIDE,SIDE,3]. chosen: the set of photographs."""
+    """Yield uint8 [SIDE,SIDE,3]. chosen: the set of photographs."""
     random, files = np.random.default_rng(0), {path.name: path for path in split.images(chosen)}
     still = load_image(files[scene.background], Framing(SIDE)).astype(np.float32)
     side = round(SIDE * float(np.sqrt(4 / np.pi * scene.area)))
@@ -58,7 +59,8 @@ def scene_frames(scene: Scene, chosen: str, count: int) -> Iterator[Array]:
     for number in range(count):
         seconds = number / RATE
         frame = still.copy()
-        # There and back, each at its own speed: a tenth to three tenths of the frame a second, and a rest at each end.
+        # Back and forth, each at its own speed: a tenth to three tenths of the frame per second, with a rest at each
+        # end.
         phase = begin + (0.1 + 0.1 * speed) * seconds
         places = np.clip(0.55 - 0.6 * np.cos(np.pi * phase), 0, 1) * (SIDE - side)
         for piece, (top, left) in zip(pieces, places.astype(int), strict=True):

@@ -1,8 +1,8 @@
-"""The one way a benchmark writes what it found: a summary that git keeps, and beside it all samples, which git ignores.
+"""Writes benchmark results: a summary for git, and all samples in a folder that git ignores.
 
 A summary is a result without samples; `results.read_result` reads it. Figures have five digits, an interval is value,
-low and high, and how intervals were found stands once, in `method.intervals` ("95%: Student's t, 33 samples"). The
-whole result lies in the folder `raw` beside it, on the machine that measured it alone.
+low and high, and the method of the intervals is given once, in `method.intervals` ("95%: Student's t, 33 samples"). The
+complete result is in the folder `raw` next to it, only on the machine that measured it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from sparsifiner_edge.results import Result, read_result, write_result
 
 RESULTS = Path(__file__).parents[1] / "profiles" / "results"
 LINES, DIGITS, SHORT = 250, 5, 160
-"""A summary's most lines; the digits of its figures; characters below which what is nested stands on one line too."""
+"""Maximum lines of a summary; digits of its figures; characters up to which nested values stay on one line."""
 BOUNDS = {"value", "low", "high"}
 
 
 def write_summary(path: Path, result: Result, *, statistics: Any = None, method: Any = None) -> None:
-    """Write a summary, and the result whole into `raw` where it has samples; folders are made.
+    """Write a summary and, if there are samples, the complete result into `raw`; folders are made.
 
     Args:
-        path: of the summary, `NAME.json`.
-        statistics, method: what the summary says in the place of the result's, where those are long.
+        path: Path of the summary, `NAME.json`.
+        statistics: Shorter replacement of the result's statistics.
+        method: Shorter replacement of the result's method.
 
     Raises:
-        ValueError: the summary is longer than `LINES`: say less of it.
-        ArtifactError: see `write_result`.
+        ValueError: The summary is longer than `LINES`.
+        ArtifactError: See `write_result`.
     """
     raw_of(path).parent.mkdir(parents=True, exist_ok=True)
     if result.samples:
@@ -45,20 +46,20 @@ def write_summary(path: Path, result: Result, *, statistics: Any = None, method:
 
 
 def summary_of(result: Result, name: str, *, statistics: Any = None, method: Any = None) -> str:
-    """The text of the summary."""
+    """Return the text of the summary."""
     intervals: set[str] = set()
     short = _rounded(write_record(statistics or result.statistics), intervals)
     said = _rounded(write_record(method or result.method), intervals)
     told = {"intervals": sorted(intervals)} if intervals else {}
     samples = {"raw": f"raw/{name}, where it was measured"} if result.samples else {}
     content = write_record(replace(result, samples=samples, statistics=short, method=said | told))
-    # Of the machine's own folders nobody else learns anything.
+    # The machine's own folders mean nothing to other readers.
     content["command"] = [Path(word).name if word.startswith("/") else word for word in content["command"]]
     return laid_out(content) + "\n"
 
 
 def said(figure: dict[str, Any], digits: int = 2, sign: str = "") -> str:
-    """A figure and its interval, for people; "?" where rounds gave no bound."""
+    """Format a figure and its interval for people; "?" if rounds gave no bound."""
     value, low, high = (
         f"{x:{sign}.{digits}f}" if isinstance(x, float) else "?" for x in (figure[k] for k in ("value", "low", "high"))
     )
@@ -66,17 +67,17 @@ def said(figure: dict[str, Any], digits: int = 2, sign: str = "") -> str:
 
 
 def brief(record: dict[str, Any]) -> dict[str, Any]:
-    """Of a record what is short: of a profile's method not every condition, of a training not its recipe."""
+    """Return the short entries of a record, without a profile's conditions or a training's recipe."""
     return {name: x for name, x in record.items() if len(json.dumps(x)) < 2 * SHORT}
 
 
 def raw_of(path: Path) -> Path:
-    """Where the samples of a summary lie."""
+    """Return the path of a summary's samples."""
     return path.parent / "raw" / path.name
 
 
 def read_raw(path: Path) -> Result | None:
-    """The result whole, of a run on this machine; None, and it is said, where git brought the summary alone."""
+    """Return the complete result of a run on this machine; None, with a message, if only the summary exists."""
     raw = raw_of(path)
     if raw.is_file():
         return read_result(raw)
@@ -86,7 +87,7 @@ def read_raw(path: Path) -> Result | None:
 
 
 def _rounded(x: Any, intervals: set[str]) -> Any:
-    """Figures with few digits; how an interval was found goes into `intervals`."""
+    """Round figures; the method of an interval goes into `intervals`."""
     if isinstance(x, float):
         return round(x) if abs(x) >= 10**DIGITS else float(f"{x:.{DIGITS}g}")
     if isinstance(x, dict):
@@ -98,7 +99,7 @@ def _rounded(x: Any, intervals: set[str]) -> Any:
 
 
 def laid_out(x: Any, indent: int = 0) -> str:
-    """JSON with a row a line: what holds figures, texts and intervals alone is not broken."""
+    """Return JSON with a row per line: a container of only figures, texts and intervals stays on one line."""
     line, inner = json.dumps(x, ensure_ascii=False), " " * (indent + 1)
     parts = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
     if all(map(_is_plain, parts)) or (indent and len(line) < SHORT):

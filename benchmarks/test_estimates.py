@@ -1,4 +1,4 @@
-"""The estimate's constants are those of the fit to published and recorded figures."""
+"""Tests that the estimate's constants are those of the fit to published and recorded figures."""
 
 from __future__ import annotations
 

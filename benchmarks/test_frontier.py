@@ -1,4 +1,4 @@
-"""What `frontier.py` makes of points."""
+"""Tests of the computations of `frontier.py` on points."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_times_between_points() -> None:
     share = (math.log(0.02) - math.log(0.03)) / (math.log(0.01) - math.log(0.03))
     found = fronts()
     assert found.ms("ours, A", 0.98, 0) == pytest.approx(20 + 20 * share)
-    assert found.ms("ToMe, A", 0.97) == 55  # Below the worst, what that one takes.
-    assert found.ms("fewer pixels, A", 0.98) == math.inf  # The dense model is not the end of its front.
-    assert 65 < found.ms("ToMe, A", 0.995) < 95  # Of ToMe's it is.
+    assert found.ms("ToMe, A", 0.97) == 55  # Below the worst point, its time counts.
+    assert found.ms("fewer pixels, A", 0.98) == math.inf  # The dense model is not the end of this front.
+    assert 65 < found.ms("ToMe, A", 0.995) < 95  # It is the end of ToMe's.
 
 
 def test_a_point_that_is_faster_and_more_faithful_counts() -> None:
@@ -77,7 +77,7 @@ def test_contenders_are_what_came_near_and_the_best_of_each_kind() -> None:
 
 
 def test_each_way_that_came_near_is_timed_again() -> None:
-    """In few rounds a point may seem a little faster than what lies between its neighbours."""
+    """In few rounds a point may seem slightly faster than the interpolation between its neighbours."""
     both, found = {"ours, A | some", "ours, A | more"}, fronts()
     assert both <= set(found.contenders(0.98))
     found.times["ours, A | more"] += 30

@@ -1,4 +1,4 @@
-"""What git keeps of a result, and what stays beside it; and that every script starts."""
+"""Tests of the summaries that git keeps and the results next to them, and that every script starts."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""The rivals of `frontier.py`, each as one plain module: token merging by two published rules, and fewer pixels.
+"""Rivals of `frontier.py`, each as one plain module: token merging by two published rules, and fewer pixels.
 
 ToMe (Bolya et al. 2023): in every layer, between attention and MLP, r tokens are merged by bipartite soft matching on
-the keys (mean of the heads): tokens alternate between two sets, each of the first finds its best match in the second,
-the r best pairs merge into their size-weighted mean; attention adds the logarithm of sizes (proportional attention). At
-most half of the tokens merge at a time. Patch outputs are copied back to their sources.
+the keys (mean of the heads). Tokens alternate between two sets, each of the first finds its best match in the second,
+and the r best pairs merge into their size-weighted mean. Attention adds the logarithm of sizes (proportional
+attention). At most half of the tokens merge at a time. Patch outputs are copied back to their sources.
 
-MAT (arXiv 2512.22760): patches lie along the Hilbert curve, the r most alike pairs of neighbours on it merge, and runs
-of them become one token; the rest as in ToMe.
+MAT (arXiv 2512.22760): patches lie along the Hilbert curve, the r most similar pairs of neighbours on it merge, and
+runs of them become one token; the rest as in ToMe.
 
 Fewer pixels: the dense model for a smaller image, its patch outputs resized to the grid of the larger.
 """
@@ -28,7 +28,7 @@ from sparsifiner_edge.order import hilbert_order
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, preprocessing
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-"""Tokens [B,N,C], sizes [B,N,1] and places of the original tokens [B,N0] after so many merges by metric [B,N,d]."""
+"""Returns tokens [B,N,C], sizes [B,N,1] and places of original tokens [B,N0] after merging by metric [B,N,d]."""
 
 
 CHOSEN = (
@@ -38,12 +38,13 @@ CHOSEN = (
     "6,22,20,20,18,18,16,12,6,4,2,0",
     "8,24,22,22,20,18,16,12,6,4,2,0",
 )
-"""What merges of ours at 224 px, little of it in the first layer: chosen on development and training photographs."""
+"""Merging rates of ours at 224 px, low in the first layer: chosen on development and training photographs."""
 
 
 def schedule(rate: int | tuple[int, float] | str, depth: int) -> tuple[tuple[int, ...], str]:
-    """Rates as `--merge` takes them, and their name: a constant rate, or the first layer's and the power by which it
-    falls to 0 in the last, or as a front names them.
+    """Return rates in the form of `--merge`, and their name.
+
+    A rate is constant, or the first layer's and the power by which it falls to 0 in the last, or as a front names it.
     """
     if isinstance(rate, str):
         return tuple(map(int, rate.split(","))), rate
@@ -55,10 +56,10 @@ def schedule(rate: int | tuple[int, float] | str, depth: int) -> tuple[tuple[int
 
 
 class ToMe(nn.Module):
-    """uint8 images [B,H,W,3] -> class features [B,C] and tokens [B,N,C], merged at given rates per layer.
+    """Model from uint8 images [B,H,W,3] to class features [B,C] and tokens [B,N,C], merged at given rates per layer.
 
     Args:
-        chained: by MAT's rule.
+        chained: Use MAT's rule.
     """
 
     def __init__(self, model: TimmModel, rates: list[int], chained: bool = False) -> None:
@@ -95,7 +96,7 @@ class ToMe(nn.Module):
 
 
 def merge(metric: Tensor, x: Tensor, sizes: Tensor, places: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Rule`; ToMe's."""
+    """Merge by ToMe's rule; see `Rule`."""
     metric = metric / metric.norm(dim=-1, keepdim=True)
     first, second = metric[:, ::2], metric[:, 1::2]
     scores = first @ second.transpose(1, 2)
@@ -127,7 +128,7 @@ def merge(metric: Tensor, x: Tensor, sizes: Tensor, places: Tensor, rate: int) -
 
 
 def chain(metric: Tensor, x: Tensor, sizes: Tensor, places: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Rule`; MAT's."""
+    """Merge by MAT's rule; see `Rule`."""
     patches = F.normalize(metric[:, 1:], dim=-1)
     alike = (patches[:, :-1] * patches[:, 1:]).sum(-1)
     # Token 0 is the class token's; the later one of a pair joins the earlier one, which may have joined another.
@@ -143,10 +144,10 @@ def chain(metric: Tensor, x: Tensor, sizes: Tensor, places: Tensor, rate: int) -
 
 
 class FewerPixels(nn.Module):
-    """uint8 images [B,h,w,3] -> class features [B,C] and tokens [B,N,C] of an image of `grid` patches a side.
+    """Model from uint8 images [B,h,w,3] to features [B,C] and tokens [B,N,C] of an image of `grid` patches a side.
 
     Args:
-        model: for the small image, which is square.
+        model: For the small image, which is square.
     """
 
     def __init__(self, model: TimmModel, grid: int) -> None:
@@ -162,7 +163,7 @@ class FewerPixels(nn.Module):
 
 
 def token_counts(rates: list[int], tokens: int) -> list[int]:
-    """Tokens that each layer's attention sees, and last those that leave the model."""
+    """Return the tokens that each layer's attention sees, and last those that leave the model."""
     counts = [tokens]
     for rate in rates:
         counts.append(counts[-1] - min(rate, (counts[-1] - 1) // 2))
@@ -170,7 +171,7 @@ def token_counts(rates: list[int], tokens: int) -> list[int]:
 
 
 def macs(rates: list[int], tokens: int, width: int, hidden: int) -> int:
-    """Multiply-accumulates of all layers; the MLP of a layer sees the merged tokens already. Matching is left out."""
+    """Return the multiply-accumulates of all layers, whose MLPs see the merged tokens already, without matching."""
     counts = token_counts(rates, tokens)
     return sum(
         4 * before * width**2 + 2 * before**2 * width + 2 * after * width * hidden
@@ -181,7 +182,7 @@ def macs(rates: list[int], tokens: int, width: int, hidden: int) -> int:
 def export(
     module: nn.Module, size: int, path: Path, batch: int = 1, outputs: Sequence[str] = ("features", "tokens")
 ) -> Path:
-    """One plain ONNX file of a module."""
+    """Export a module as one plain ONNX file."""
     example = torch.zeros(batch, size, size, 3, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.onnx.export(

@@ -1,6 +1,7 @@
-"""Learned sparse attention for vision transformers at the edge: sparsify, export, measure, run.
+"""Faster vision transformers at the edge: sparsify, export, measure, run.
 
-One function per verb, imported when first used, so that a part of the package needs only that part's dependencies.
+One function per command. Each is imported when it is first used, so that a part of the package needs only its own
+dependencies.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 from sparsifiner_edge.quiet import switch_off_telemetry
 
 TYPE_CHECKING = False
-"""As type checkers read it, without the time that importing `typing` takes."""
+"""True for type checkers. Importing `typing` for this would slow down every start."""
 if TYPE_CHECKING:
     from typing import Any
 
@@ -91,7 +92,7 @@ _HOMES = {
     "verify_bundle": ("runtime.verify", ""),
     "write_report": ("report", ""),
 }
-"""Name to its module, and the extras that importing it needs."""
+"""Public name -> (module, extras that importing it needs)."""
 
 __all__ = list(_HOMES)
 

@@ -1,16 +1,16 @@
-"""`sparsifiner-edge` and `python -m sparsifiner_edge`: what happens before the command line is there."""
+"""Entry point of `sparsifiner-edge` and `python -m sparsifiner_edge`."""
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # typeshed has no stub of it
+import _signal  # type: ignore[import-not-found]  # typeshed has no stub for it
 import sys
 
-# Until the command line unwinds on signals, Ctrl-C ends the process at once: there is nothing to clean up, and Python's
-# own way is a traceback from the middle of an import. (`signal` itself would be an import of milliseconds.)
+# Until the command line handles signals, Ctrl-C ends the process at once: there is nothing to clean up, and Python's
+# default is a traceback from the middle of an import. (Importing `signal` would take milliseconds.)
 try:
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-except ValueError:  # No main thread: somebody imports this.
+except ValueError:  # Not the main thread: someone imports this module.
     pass
 
 

@@ -1,4 +1,4 @@
-"""Students and bundles: folders that pass between steps, known by their files; and JSON and TOML in files."""
+"""Folders that pass between steps (sparse models and bundles), and JSON and TOML files."""
 
 from __future__ import annotations
 
@@ -20,29 +20,34 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-STUDENT_SCHEMA = 2
+STUDENT_SCHEMA = 3
+"""Version of the format of a sparse model's folder."""
 STUDENT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 ARCHITECTURE_FILE = "architecture/config.json"
-"""transformers' configuration, in a student of one of its models."""
+"""Configuration of a Hugging Face model inside a sparse model's folder."""
 BUNDLE_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 ENGINE_FOLDER = "engines"
 SCRATCH = "build"
+"""Temporary folders of a running build in a bundle are named `.build.*`."""
 MAX_JSON = 1 << 26
-"""Bytes of a manifest and the like."""
+"""Maximum size of a manifest or other JSON file in bytes."""
 MAX_FILE = 1 << 34
-"""Bytes of any other file: more than an engine has."""
+"""Maximum size of any other file in bytes, larger than any engine."""
 MAX_TOML = 1 << 15
-"""Bytes; our largest file has 4,000. Parsing time grows with the square of the parts of a dotted name."""
+"""Maximum size of a TOML file in bytes.
+
+The largest in this package has 4,000. Parsing time grows with the square of the number of parts of a dotted name.
+"""
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE}
 
 
 def sha256(path: Path, copy: BinaryIO | None = None) -> str:
-    """SHA-256 of a regular file, in hexadecimal; its content is written to `copy`, too.
+    """Return the SHA-256 of a regular file in hexadecimal, and copy its content to `copy`.
 
     Raises:
-        ArtifactError: see `files.open_regular`; or it has more than `MAX_FILE` bytes.
+        ArtifactError: The file cannot be opened (see `files.open_regular`) or has more than `MAX_FILE` bytes.
     """
     digest, remaining = hashlib.sha256(), MAX_FILE
     with open_regular(path) as file:
@@ -57,29 +62,31 @@ def sha256(path: Path, copy: BinaryIO | None = None) -> str:
 
 
 def read_json(path: Path, schema: int | None, again: str) -> dict[str, Any]:
-    """Read a JSON object that carries `schema_version`: a dict of whatever it holds; see `records.read_record`.
+    """Read a JSON object that carries `schema_version`; `records.read_record` checks its fields.
 
     Args:
-        schema: the version that it must be of; None: any. again: what makes it anew, for messages.
+        path: The file.
+        schema: Required schema version; None accepts any.
+        again: Command that makes the file again, for error messages.
 
     Raises:
-        ArtifactError: missing, not a regular file, larger than 64 MiB, not JSON, nested deeply, with NaN or infinity,
-            or of another version.
+        ArtifactError: The file is missing, not a regular file, larger than 64 MiB, not JSON, deeply nested, has NaN or
+            infinity, or has another schema version.
     """
     return parse_json(read_bytes(path, MAX_JSON), path, schema, again)
 
 
 def parse_json(text: bytes, path: Path, schema: int | None, again: str) -> dict[str, Any]:
-    """`read_json` of bytes that were read from `path`."""
+    """Parse JSON text as `read_json` does; `path` is where it was read from."""
     try:
         content = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or a number of more digits than Python takes.
+    except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or a number with too many digits.
         raise ArtifactError(f"{path} cannot be read: {error}.", again) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise ArtifactError(f"{path} has no schema_version.", "It was not written by sparsifiner-edge.")
     if schema not in (None, version):
-        raise ArtifactError(f"{path} has schema {version}; this version reads {schema} alone.", again)
+        raise ArtifactError(f"{path} has schema {version}; this version reads only {schema}.", again)
     defect = flaw(content)
     if defect is not None:
         raise ArtifactError(f"{path}: {defect}.", again)
@@ -87,14 +94,14 @@ def parse_json(text: bytes, path: Path, schema: int | None, again: str) -> dict[
 
 
 def read_toml(path: Path, fix: str) -> Any:
-    """The content of a TOML file: a dict of whatever it holds; see `records.read_record`.
+    """Read a TOML file; `records.read_record` checks its fields.
 
     Args:
-        path: the file, or a link to it.
-        fix: what to do if it cannot be read, for the message.
+        path: The file, or a link to it.
+        fix: What to do if it cannot be read, for the error message.
 
     Raises:
-        ConfigError: missing, not a regular file, too large, not UTF-8, or see `parse_toml`.
+        ConfigError: The file is missing, not a regular file, too large or not UTF-8, or `parse_toml` refuses it.
     """
     try:
         text = read_bytes(path, MAX_TOML).decode("utf-8")
@@ -107,15 +114,15 @@ def read_toml(path: Path, fix: str) -> Any:
 
 
 def parse_toml(text: str, origin: str, fix: str) -> Any:
-    """The content of TOML text; `origin` and `fix` stand in messages.
+    """Parse TOML text; `origin` and `fix` go into error messages.
 
     Raises:
-        ConfigError: not TOML, a number of thousands of digits, or deep nesting. NaN and infinity are TOML: whoever
-            reads a value checks it.
+        ConfigError: The text is not TOML, has a number with thousands of digits, or is deeply nested. NaN and infinity
+            are valid TOML and must be checked where a value is used.
     """
     try:
         content = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # Each kind of damage has a ValueError of its own.
+    except (ValueError, RecursionError) as error:  # Every kind of damage raises a ValueError.
         raise ConfigError(f"{origin} is not TOML: {error}.", fix) from error
     defect = flaw(content, finite=False)
     if defect is not None:
@@ -124,21 +131,21 @@ def parse_toml(text: str, origin: str, fix: str) -> Any:
 
 
 def files_in(folder: Path) -> set[str]:
-    """All files below a folder, and links of any kind."""
+    """Return all files below a folder, including links of any kind."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
 
 
 def kind_of(folder: Path) -> str | None:
-    """ "student", "bundle", or None for a folder that is neither.
+    """Return "student", "bundle", or None for any other folder.
 
     Raises:
-        ArtifactError: the file that would say so cannot be read.
+        ArtifactError: The file that identifies the folder cannot be read.
     """
     for kind, name in _KIND_FILES.items():
         if not (folder / name).is_file():
             continue
         text = read_bytes(folder / name, MAX_JSON)
-        # transformers' file of this name has neither.
+        # A Hugging Face config.json has a model_type and no schema_version.
         theirs = name == STUDENT_FILE and b'"schema_version"' not in text and b'"model_type"' in text
         if not theirs and parse_json(text, folder / name, None, "Make it again.").get("kind") == kind:
             return kind
@@ -146,43 +153,47 @@ def kind_of(folder: Path) -> str | None:
 
 
 def require_kind(folder: Path, *kinds: str) -> str:
-    """Which of `kinds` ("student", "bundle") a folder is.
+    """Return which of `kinds` ("student", "bundle") a folder is.
 
     Raises:
-        ArtifactError: it is missing, a file, of another kind or of none; says what to give instead.
+        ArtifactError: The path is missing, is a file, or is another folder. The message says what to give instead.
     """
-    kind, fix = kind_of(folder), "Check the path: sparsify writes students, export bundles."
+    kind, fix = kind_of(folder), "Check the path: sparsify writes student folders, export writes bundles."
     if kind in kinds:
         return str(kind)
     what = f"is not a {' or '.join(kinds)}" if folder.is_dir() else "is not a folder"
     if kind is not None:
-        fix = "Give its student." if kind == "bundle" else f"Export it: {export_line(folder)}"
+        fix = (
+            "Give the student folder that it was exported from."
+            if kind == "bundle"
+            else f"Export it: {export_line(folder)}"
+        )
         what = f"is a {kind}, not a {kinds[0]}"
     elif folder.is_file() and kind_of(folder.parent) in kinds:
-        fix = f"Give the folder that it lies in: {folder.parent}"
+        fix = f"Give its folder: {folder.parent}"
     raise ArtifactError(f"{folder} {what if folder.exists() else 'does not exist'}.", fix)
 
 
 def trust_text(student: Path) -> str:
-    """What a printed command on a student of a user's own function needs: " --trust MODULE"; of others nothing."""
+    """Return " --trust MODULE" for a sparse model that was made from a user's factory, else an empty string."""
     content = read_json(student / STUDENT_FILE, None, "Make it again.")
     module = str(content.get("model")).partition(":")[0]
     return f" --trust {shlex.quote(module)}" if content.get("host") == "factory" else ""
 
 
 def export_line(student: Path) -> str:
-    """What exports a student, to be pasted into a shell."""
+    """Return the shell command that exports a sparse model."""
     return f"sparsifiner-edge export {shlex.quote(str(student))}{trust_text(student)} -o BUNDLE/"
 
 
 def require_replaceable(folder: Path, kind: str) -> None:
-    """Refuse an output folder that holds something we did not write.
+    """Refuse an output folder that holds anything that this package did not write.
 
     Raises:
-        ArtifactError: it is a file, the current folder, or holds anything but one `kind` of ours.
+        ArtifactError: It is a file, the current folder, or holds anything but one artifact of this kind.
     """
     if folder.name in ("", ".."):
-        raise ArtifactError(f"{folder} names no folder of its own.", "Name a folder to write.")
+        raise ArtifactError(f"{folder} is not the name of a folder.", "Name a folder to write.")
     with io_errors(folder):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise ArtifactError(f"{folder} is not a folder.", "Choose another output.")
@@ -195,13 +206,16 @@ def require_replaceable(folder: Path, kind: str) -> None:
     ours = _written_files(folder, kind)
     fix = "It is left untouched; choose another output folder."
     if not ours:
-        raise ArtifactError(f"{folder} exists and is not a {kind} of ours.", fix)
+        raise ArtifactError(f"{folder} exists and is not a {kind} that sparsifiner-edge wrote.", fix)
     if present - ours:
-        raise ArtifactError(f"{folder} also holds {min(present - ours)}, which is not ours.", fix)
+        raise ArtifactError(f"{folder} also holds {min(present - ours)}, which sparsifiner-edge did not write.", fix)
 
 
 def _written_files(folder: Path, kind: str) -> set[str]:
-    """The files that we wrote into a folder of this kind; none if it is of another kind, or damaged."""
+    """Return the files that this package wrote into a folder of this kind.
+
+    Empty if the folder is of another kind or damaged.
+    """
     path = folder / _KIND_FILES[kind]
     with contextlib.suppress(ArtifactError):
         if kind_of(folder) != kind:
@@ -217,10 +231,10 @@ def _written_files(folder: Path, kind: str) -> set[str]:
 
 @contextlib.contextmanager
 def new_folder(target: Path, kind: str) -> Iterator[Path]:
-    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it is removed.
+    """Fill a temporary folder that replaces `target` on success and is removed on failure.
 
     Raises:
-        ArtifactError: `target` is not replaceable (see `require_replaceable`), or the disk refuses.
+        ArtifactError: `target` must not be replaced (see `require_replaceable`), or writing fails.
     """
     require_replaceable(target, kind)
     with replace_folder(target) as scratch:
@@ -228,12 +242,12 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
 
 
 def unlisted_engines(folder: Path, known: Container[str]) -> list[Path]:
-    """Engines in a bundle that nothing lists: a build was killed."""
+    """Return engine files that no manifest lists, left by a build that was killed."""
     engines = folder / ENGINE_FOLDER
     built = [] if engines.is_symlink() else engines.glob("*.engine")
     return [path for path in built if str(path.relative_to(folder)) not in known]
 
 
 def scratches(folder: Path) -> list[Path]:
-    """Folders of builds in a bundle; a link of such a name is not ours, and may lead anywhere."""
+    """Return temporary build folders in a bundle, without links: those may lead anywhere."""
     return [path for path in folder.glob(f".{SCRATCH}.*") if path.is_dir() and not path.is_symlink()]

@@ -1,5 +1,4 @@
-"""Limits of numbers that come from outside: command lines, configurations, manifests. One place for all of them. And
-the size of an image, which all of those say."""
+"""Limits of numbers from command lines, configurations and manifests, and the type of an image size."""
 
 from __future__ import annotations
 
@@ -11,35 +10,37 @@ from typing import Any, TypeAlias
 from sparsifiner_edge.errors import ConfigError
 
 MOST_THREADS = 1024
-"""More than the cores of any board, and few enough to be started."""
+"""Maximum number of threads: more than the cores of any board, and few enough to be started."""
 MOST_SIDE = 8192
-"""Pixels along a side of a model's image: some 340,000 patches of 14 px."""
+"""Maximum side of a model's image in pixels: some 340,000 patches of 14 px."""
 MOST_SECONDS = 10 * 366 * 86400.0
-"""Ten years: a time limit, a duration, a pause."""
+"""Maximum time limit, duration or pause in seconds: ten years."""
 MOST_COUNT = 2**31 - 1
-"""Whatever is counted: steps, frames, classes."""
+"""Maximum of anything that is counted: steps, frames, classes."""
 MOST_BATCH = 99_999
-"""Images at once."""
+"""Maximum batch size."""
 MOST_WORKERS = 256
-"""Processes that read images."""
+"""Maximum number of processes that read images."""
 MOST_CLASSES = 1 << 17
-"""Classes of a classifier: six times those of the largest image data sets."""
+"""Maximum number of classes: six times those of the largest image data sets."""
 MOST_DEPTH = 64
-"""Nesting of lists and objects in what is read; our files have ten levels."""
+"""Maximum nesting of lists and objects in a file. Our files have ten levels."""
 ImageSize: TypeAlias = int | tuple[int, int]
-"""Pixels of an image: along each side of a square, or height and width."""
+"""Image size in pixels: the side of a square, or (height, width)."""
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 def whole_number(text: str, name: str, least: int = 0, most: int = MOST_COUNT) -> int:
-    """A whole number in decimal digits.
+    """Parse a whole number in decimal digits.
 
     Args:
-        text: as given. name: what it is, for the message.
-        least, most: where it must lie.
+        text: Text to parse.
+        name: What the number is, for the error message.
+        least: Minimum.
+        most: Maximum.
 
     Raises:
-        ConfigError: it is not one, or lies outside.
+        ConfigError: The text is not a whole number, or the number is out of range.
     """
     number = int(text) if _WHOLE.fullmatch(text.strip()) else None
     if number is None or not least <= number <= most:
@@ -48,10 +49,10 @@ def whole_number(text: str, name: str, least: int = 0, most: int = MOST_COUNT) -
 
 
 def height_width(size: int | tuple[int, ...]) -> tuple[int, int]:
-    """Height and width in pixels, of a square too.
+    """Return height and width of an image size in pixels.
 
     Raises:
-        ConfigError: the size is neither one whole number nor two.
+        ConfigError: The size is neither one whole number nor two.
     """
     try:
         height, width = map(operator.index, size if isinstance(size, (tuple, list)) else (size, size))
@@ -62,25 +63,26 @@ def height_width(size: int | tuple[int, ...]) -> tuple[int, int]:
 
 
 def size_of(height: int, width: int) -> ImageSize:
-    """A size as files hold it: one number for a square."""
+    """Return an image size as files store it: one number for a square."""
     return height if height == width else (height, width)
 
 
 def size_text(size: ImageSize) -> str:
-    """Such as "224", or "294x518", height first: as `--img-size` takes it."""
+    """Format an image size as `--img-size` takes it: "224", or "294x518" with the height first."""
     height, width = height_width(size)
     return f"{height}" if height == width else f"{height}x{width}"
 
 
 def flaw(content: Any, finite: bool = True, nulls: bool = True) -> str | None:
-    """What is wrong with lists and objects that were read, whatever they mean: deep nesting, NaN, infinity, null.
+    """Return what is wrong with parsed content: deep nesting, NaN, infinity or null.
 
     Args:
-        content: as of `json.loads` or `tomllib.loads`, neither of which refuses these.
-        finite: refuse NaN and infinity. nulls: allow null.
+        content: Result of `json.loads` or `tomllib.loads`, neither of which refuses these.
+        finite: Refuse NaN and infinity.
+        nulls: Allow null.
 
     Returns:
-        Where and what, such as "samples.latency_ms[3] is nan"; None: nothing.
+        Place and flaw, such as "samples.latency_ms[3] is nan"; None if there is none.
     """
     pending: list[tuple[Any, str, int]] = [(content, "", 0)]
     while pending:
@@ -94,11 +96,11 @@ def flaw(content: Any, finite: bool = True, nulls: bool = True) -> str | None:
             elif finite and isinstance(child, float) and not math.isfinite(child):
                 return f"{_place(path, name)} is {child}"
             elif child is None and not nulls:
-                return f"{_place(path, name)} is null, where a value or the reason for its absence must stand"
+                return f"{_place(path, name)} is null; a value, or the reason why there is none, is required"
     return None
 
 
 def _place(path: str, name: str | int) -> str:
-    """Where a child is; cut, for keys may be long and are repeated for each child."""
+    """Return the path of a child, cut short: keys may be long and are repeated for each child."""
     place = f"{path:.200}[{name}]" if isinstance(name, int) else f"{path:.200}.{name:.200}"
     return place.lstrip(".")

@@ -1,4 +1,4 @@
-"""SparsityConfig: what is sparse in a student, and the sizes that follow for a given number of patches."""
+"""Settings of sparsity, and the sizes that follow from them for a number of patches."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from sparsifiner_edge.records import read_record, write_record
 
 PRESETS: dict[str, dict[str, float]] = {
     "edge": {},
-    "paper": {"tile": 1, "probe": 1, "cells": 0, "value_power": 0.0},
+    "paper": {"tile": 1, "query_pool": 1, "background_tokens": 0, "value_power": 0.0},
 }
-"""Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
-LANDMARK_FACTOR, TOP_COEFFICIENTS, BASIS_THRESHOLD = 6, 8, 0.02
-"""Of the preset "paper": tokens per landmark; coefficients that count for a query, and entries of the basis that do."""
+"""Preset -> values in which it differs from the defaults of `SparsityConfig`."""
+LANDMARK_FACTOR = 6
+"""Tokens per landmark in the preset "paper"."""
+TOP_COEFFICIENTS = 8
+"""Number of coefficients that the preset "paper" keeps for each query."""
+BASIS_THRESHOLD = 0.02
+"""Entries of the basis up to this value count as 0 in the preset "paper"."""
 Share = Annotated[float, Meta(gt=0, le=1)]
+"""Share above 0; 1 is everything."""
 Pairs = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
-"""Of tokens that merge in a layer."""
+"""Number of token pairs that merge in a layer."""
 _Count = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
+"""Positive whole number."""
 Keep = Share | Annotated[tuple[Share, ...], Meta(min_length=1)]
-"""One share of keys for all layers, or one of each; the last goes on to the layers that are left."""
-_FIX = "Give shares in (0, 1], such as 0.25, and whole numbers, such as tile 16, probe 8, merge 160,0."
+"""Share of the keys: one for all layers, or one per layer; the last applies to all remaining layers."""
+_FIX = "Give shares in (0, 1], such as 0.25, and whole numbers, such as tile 16, query_pool 8, merge 160,0."
 
 
 def require(condition: bool, what: str, fix: str) -> None:
@@ -36,72 +42,76 @@ def require(condition: bool, what: str, fix: str) -> None:
 
 
 def require_lists(**values: object) -> None:
-    """Raise a `ConfigError` where a value is no list or tuple: of a text every letter would count."""
+    """Raise a `ConfigError` for any value that is not a list or tuple (a string would count letter by letter)."""
     for name, value in values.items():
         require(isinstance(value, (list, tuple)), f"{name} is {value!r:.80}.", "Give a list.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sizes of one sparse layer over `patches` patch tokens.
+    """Sizes of one sparse layer.
 
     Attributes:
-        keys: K, keys read by each tile: patch keys, in the preset "paper" any tokens.
-        tiles: T, runs of `tile` consecutive patches, the last one ragged.
-        cell: tokens per background cell (0: no background).
-        cells: R, number of cells that result.
+        patches: P, number of patch tokens.
+        keys: K, number of keys that each query tile reads; patch keys, in the preset "paper" any tokens.
+        tiles: T, number of query tiles; the last one may be shorter.
+        key_pool: Tokens that are averaged into one background token; 0 without background tokens.
+        background_tokens: R, number of background tokens.
     """
 
     patches: int
     keys: int
     tiles: int
-    cell: int
-    cells: int
+    key_pool: int
+    background_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class SparsityConfig:
-    """What a student's attention layers do: read it as `student.sparsity`. Where they are left out `sparsify` chooses
-    cells, and keep where tokens merge, by the model.
+    """Settings of sparse attention and token merging; a model's own are `student.sparsity`.
+
+    If they are left out, `sparsify` chooses `background_tokens`, and `keep` for a model that merges, by the size of the
+    model.
 
     Attributes:
-        preset: "edge": tile-shared key lists, probe predictor and background cells. "paper": the published method
-            (Sparsifiner, CVPR 2023), one list per query and nothing else.
-        keep: share of the patch keys that each tile of queries reads, in (0, 1]; 1 means dense. Several: of the layers
-            from the first; the last goes on to those left, so that (1, .1, .25, 1) is dense in layer 0 and from 3 on.
-        tile: consecutive queries that share one key list.
-        probe: consecutive queries whose mean is the predictor's query; divides `tile`.
-        channels: low-rank width c of the predictor, at most the head dimension.
-        cells: background cells R that stand for the keys not selected; 0 for none.
-        value_power: weight, in the selection, of how far a key's value lies from its cell's mean.
-        token_keep: (layer, share) pairs, layers ascending: after the attention of each such layer only that share of
-            the patch tokens is kept, those that the class token attends to most (EViT, ICLR 2022, section 3).
-        merge: pairs of patch tokens that become one after the attention of each layer (`sparse.merge`): one rate for
-            all layers, the first and the last, or one of each; empty: none. A layer merges at most a quarter of its
+        preset: "edge": key lists shared by query tiles, pooled queries and background tokens. "paper": the published
+            method (Sparsifiner, CVPR 2023), one key list per query and nothing else.
+        keep: Share of the patch keys that each query tile reads, in (0, 1]; 1 is dense attention. A tuple gives one
+            share per layer; the last applies to all remaining layers: (1, .1, .25, 1) is dense in layer 0 and from
+            layer 3 on.
+        tile: Number of consecutive queries that share one key list.
+        query_pool: Number of consecutive queries that are averaged into one query of the predictor; divides `tile`.
+        channels: Low-rank width c of the predictor, at most the head dimension.
+        background_tokens: Number R of averaged tokens that stand for the keys that were not selected; 0 for none.
+        value_power: Weight, in the selection, of the distance of a key's value from the mean of its pool.
+        token_keep: (layer, share) pairs, layers ascending. After the attention of such a layer only this share of the
+            patch tokens is kept: those that the class token attends to most (EViT, ICLR 2022, section 3).
+        merge: Number of token pairs that merge after the attention of each layer (`sparse.merge`): one number for all
+            layers, the first and the last, or one per layer; empty for none. A layer merges at most a quarter of its
             patches.
-        merge_window: partners along the curve that a token is compared with; see the operator MatchTokens.
+        merge_window: Number of neighbours along the curve that a token is compared with; see the operator MatchTokens.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: A value is out of range.
     """
 
     preset: str = "edge"
     keep: Keep = 0.25
     tile: _Count = 16
-    probe: _Count = 8
+    query_pool: _Count = 8
     channels: _Count = 24
-    cells: Annotated[int, Meta(ge=0, le=MOST_COUNT)] = 16
+    background_tokens: Annotated[int, Meta(ge=0, le=MOST_COUNT)] = 16
     value_power: Annotated[float, Meta(ge=0, le=64)] = 2.0  # far beyond useful values, within float32
     token_keep: tuple[tuple[Annotated[int, Meta(ge=0, le=MOST_COUNT)], Annotated[float, Meta(gt=0, lt=1)]], ...] = ()
     merge: tuple[Pairs, ...] = ()
     merge_window: Annotated[int, Meta(ge=2, le=MOST_COUNT, multiple_of=2)] = 16
 
     def __post_init__(self) -> None:
-        # What NumPy computes counts as the number that it is.
+        # Accept NumPy numbers.
         settings = msgspec.to_builtins(vars(self), enc_hook=lambda x: getattr(x, "tolist", lambda: repr(x))())
-        checked = read_record(settings, _Ranges, "The settings of sparsity", _FIX, ConfigError)
-        one = isinstance(checked.keep, tuple) and len(set(checked.keep)) == 1
-        shortened = {"keep": checked.keep[0]} if one else {}
+        checked = read_record(settings, _Ranges, "Sparsity settings", _FIX, ConfigError)
+        uniform = isinstance(checked.keep, tuple) and len(set(checked.keep)) == 1
+        shortened = {"keep": checked.keep[0]} if uniform else {}
         if not any(checked.merge):
             shortened["merge"] = ()
         for name, value in {**msgspec.structs.asdict(checked), **shortened}.items():
@@ -113,8 +123,11 @@ class SparsityConfig:
                 f"{name} is {getattr(self, name)}, but the preset {self.preset!r} has {value}.",
                 "Leave it out, or choose another preset.",
             )
-        what, fix = f"tile {self.tile} is not a multiple of probe {self.probe}.", "Choose a probe that divides the tile"
-        require(self.tile % self.probe == 0, what, f"{fix}, such as 4 and 16.")
+        what, fix = (
+            f"tile {self.tile} is not a multiple of query_pool {self.query_pool}.",
+            "Choose a query_pool that divides the tile",
+        )
+        require(self.tile % self.query_pool == 0, what, f"{fix}, such as 4 and 16.")
         layers = [layer for layer, _ in self.token_keep]
         fix = "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7."
         require(layers == sorted(set(layers)), f"tokens are pruned at layers {layers}.", fix)
@@ -123,46 +136,50 @@ class SparsityConfig:
 
     @property
     def is_dense(self) -> bool:
-        """True when nothing is left out: plain attention in every layer, and all tokens to the end."""
+        """True if attention is dense in every layer and all tokens are kept."""
         return self.keep == 1 and not self.token_keep and not self.merge
 
     def of_share(self, share: float) -> SparsityConfig:
-        """The config of a layer that reads this share of its keys."""
+        """Return the settings of a layer that reads this share of its keys."""
         return dataclasses.replace(self, keep=share)
 
     def layout(self, patches: int, prefix: int = 1) -> Layout:
-        """Sizes for `patches` patch tokens after `prefix` others, where one share of keys is for all layers.
+        """Return the sizes for `patches` patch tokens after `prefix` other tokens; `keep` must be one share.
 
         Raises:
-            ConfigError: tile or cells exceed the number of patches.
+            ConfigError: `tile` or `background_tokens` exceeds the number of patches.
         """
         most = f"the {patches} patches of this image size."
         require(self.tile <= patches, f"tile {self.tile} exceeds {most}", "Choose a smaller tile or a larger image.")
-        # Where tokens merge, later layers see too few for as many cells: then each holds four tokens.
-        wanted = min(self.cells, patches // 4) if self.merge else self.cells
-        require(wanted <= patches, f"{self.cells} cells exceed {most}", "Choose fewer cells or a larger image.")
-        cell = math.ceil(patches / wanted) if wanted else 0
+        # Merging leaves later layers with fewer tokens. A background token then still averages at least four of them.
+        wanted = min(self.background_tokens, patches // 4) if self.merge else self.background_tokens
+        require(
+            wanted <= patches,
+            f"{self.background_tokens} background tokens exceed {most}",
+            "Choose fewer background tokens or a larger image.",
+        )
+        key_pool = math.ceil(patches / wanted) if wanted else 0
         choices = patches + prefix if self.preset == "paper" else patches
         if isinstance(self.keep, tuple):
-            raise TypeError("the layout of which layer? See of_share.")
+            raise TypeError("keep differs by layer, so there is no single layout. Use of_share first.")
         return Layout(
             patches=patches,
             keys=share_of(self.keep, choices),
             tiles=math.ceil(patches / self.tile),
-            cell=cell,
-            cells=math.ceil(patches / cell) if cell else 0,
+            key_pool=key_pool,
+            background_tokens=math.ceil(patches / key_pool) if key_pool else 0,
         )
 
     def to_dict(self) -> Any:
-        """JSON-ready fields."""
+        """Return the fields, ready for JSON."""
         return write_record(self)
 
     @classmethod
     def for_preset(cls, preset: str = "edge", **settings: Any) -> SparsityConfig:
-        """The defaults of a preset, with those `settings` that are not None; `merge` may be one number.
+        """Return the defaults of a preset, changed by the `settings` that are not None; `merge` may be one number.
 
         Raises:
-            ConfigError: no such preset, or a value is out of range or cannot be combined with it.
+            ConfigError: There is no such preset, or a value is out of range or does not fit the preset.
         """
         fields = {name: value for name, value in settings.items() if value is not None}
         fields |= {"merge": (fields["merge"],)} if isinstance(fields.get("merge"), int) else {}
@@ -170,10 +187,10 @@ class SparsityConfig:
 
     @classmethod
     def from_dict(cls, fields: object) -> SparsityConfig:
-        """Inverse of `to_dict`.
+        """Build settings from the result of `to_dict`.
 
         Raises:
-            ConfigError: it is not a dict, or a field is unknown, of another type or out of range.
+            ConfigError: `fields` is no dict, or a field is unknown, of another type or out of range.
         """
         fix = f"Known fields: {', '.join(_Ranges.__struct_fields__)}."
         return cls(**msgspec.structs.asdict(read_record(fields, _Ranges, "sparsity", fix, ConfigError)))
@@ -181,10 +198,12 @@ class SparsityConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a student spends in place of its own settings; None leaves one as it is.
+    """Settings that replace a model's own at export or evaluation; None keeps the model's own.
 
     Attributes:
-        keep, token_keep, merge: as in `SparsityConfig`; merge is a tuple: (8,), or (160, 0) from first to last layer.
+        keep: As in `SparsityConfig`.
+        token_keep: As in `SparsityConfig`.
+        merge: As in `SparsityConfig`: (8,), or (160, 0) from the first to the last layer.
 
     Example:
         >>> Budget(keep=0.1, merge=(160, 0)).is_unchanged
@@ -197,7 +216,7 @@ class Budget:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether nothing is changed."""
+        """True if no setting is replaced."""
         return self == Budget()
 
 
@@ -207,20 +226,20 @@ _Ranges: Any = msgspec.defstruct(
     [(field.name, _KINDS[field.name], field.default) for field in dataclasses.fields(SparsityConfig)],
     forbid_unknown_fields=True,
 )
-"""What each setting may be, as `SparsityConfig` declares it."""
+"""Allowed range of each setting, as `SparsityConfig` declares it."""
 
 
 def share_of(share: float, count: int) -> int:
-    """How many of `count` are kept, rounded up, at least one."""
+    """Return a share of `count`, rounded up, and at least one."""
     # Rounded first: 0.1 * 1370 is 137.00000000000003 in binary and must not become 138.
     return min(max(1, math.ceil(round(share * count, 9))), count)
 
 
 def parse_token_keep(text: str) -> tuple[tuple[int, float], ...]:
-    """ "3:.7,6:.7" -> ((3, 0.7), (6, 0.7)); "" -> ().
+    """Parse layer:share pairs: "3:.7,6:.7" -> ((3, 0.7), (6, 0.7)), "" -> ().
 
     Raises:
-        ConfigError: not a list of layer:share.
+        ConfigError: The text is no list of layer:share.
     """
     try:
         pairs = [part.split(":") for part in text.split(",") if part.strip()]
@@ -230,10 +249,10 @@ def parse_token_keep(text: str) -> tuple[tuple[int, float], ...]:
 
 
 def parse_keep(text: str) -> Keep:
-    """ "0.25" -> .25; ".1,.1,1" -> (.1, .1, 1.0), from the first layer on.
+    """Parse a share, or one share per layer: "0.25" -> .25, ".1,.1,1" -> (.1, .1, 1.0).
 
     Raises:
-        ConfigError: neither of these.
+        ConfigError: The text is neither.
     """
     try:
         shares = tuple(float(part) for part in text.split(","))
@@ -244,15 +263,15 @@ def parse_keep(text: str) -> Keep:
 
 
 def keep_text(keep: Keep) -> str:
-    """As `parse_keep` reads it: "0.25", "0.1,0.1,1"."""
+    """Format shares as `parse_keep` reads them: "0.25", "0.1,0.1,1"."""
     return ",".join(f"{share:g}" for share in (keep if isinstance(keep, tuple) else (keep,)))
 
 
 def parse_merge(text: str) -> tuple[int, ...]:
-    """ "80" -> (80,); "160..0" -> (160, 0), from the first layer to the last; "160,140,0" -> one of each layer.
+    """Parse merge rates: "80" -> (80,), "160..0" -> (160, 0) (first to last layer), "160,140,0" -> one per layer.
 
     Raises:
-        ConfigError: neither of these.
+        ConfigError: The text is none of these.
     """
     try:
         rates = tuple(map(int, text.replace("..", ",").split(",")))
@@ -264,5 +283,5 @@ def parse_merge(text: str) -> tuple[int, ...]:
 
 
 def merge_text(merge: tuple[int, ...]) -> str:
-    """As `parse_merge` reads it: "80", "160..0", "3,2,1"."""
+    """Format merge rates as `parse_merge` reads them: "80", "160..0", "3,2,1"."""
     return ("..".join if len(merge) == 2 else ",".join)(map(str, merge))

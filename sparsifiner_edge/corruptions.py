@@ -1,8 +1,9 @@
-"""Images as bad conditions make them: the fifteen corruptions of ImageNet-C, by its parameters (Hendrycks, Dietterich:
-Benchmarking neural network robustness to common corruptions and perturbations, ICLR 2019).
+"""The fifteen corruptions of ImageNet-C with its parameters.
 
-Those are for images of 224 px: lengths grow with the shorter side, so that the same scene suffers alike at any size.
-Frost is drawn, where the published one is pasted from photographs. No library that is maintained has them.
+Source: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations, ICLR
+2019. The published lengths are for images of 224 px. Here they scale with the shorter side, so that a severity has the
+same effect on a scene at any size. Frost is drawn, while the published one is pasted from photographs. No maintained
+library provides these corruptions.
 """
 
 from __future__ import annotations
@@ -21,23 +22,26 @@ from sparsifiner_edge.errors import ConfigError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 PUBLISHED_SIDE = 224
-"""Pixels of the images that lengths are published for."""
+"""Side in pixels of the images that the published lengths are for."""
 Generator: TypeAlias = np.random.Generator
 Change: TypeAlias = Callable[[Array, int, Generator, float], Array]
-"""(image [H,W,3] from 0 to 1, severity from 0, what draws, pixels now for one that was published) -> image."""
+"""(image [H,W,3] from 0 to 1, severity from 0, generator, scale of lengths) -> image."""
 
 
 def corrupt(image: Pixels, name: str, severity: int, seed: int) -> Pixels:
-    """An image as it looks under a corruption.
+    """Return a corrupted image.
 
     Args:
-        image: uint8 RGB [H,W,3]. name: of `COMMON`. severity: of `SEVERITIES`. seed: of what is drawn.
+        image: uint8 RGB [H,W,3].
+        name: Name of a corruption, from `COMMON`.
+        severity: Severity, from `SEVERITIES`.
+        seed: Seed of the random parts.
 
     Returns:
         uint8 RGB [H,W,3]; the same for the same arguments.
 
     Raises:
-        ConfigError: an unknown name or severity.
+        ConfigError: The name or the severity is unknown.
     """
     rng, scale = _draw(name, severity, seed), min(image.shape[:2]) / PUBLISHED_SIDE
     changed = _CHANGES[name](image.astype(np.float32) / 255, severity - 1, rng, scale)
@@ -46,7 +50,10 @@ def corrupt(image: Pixels, name: str, severity: int, seed: int) -> Pixels:
 
 
 def move_mask(mask: npt.NDArray[np.bool_], name: str, severity: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Where a mask [H,W] of an image lies once `corrupt` has moved its pixels; all corruptions but one move none."""
+    """Move a mask [H,W] as `corrupt` moves the pixels of its image.
+
+    Only "elastic_transform" moves pixels.
+    """
     rng = _draw(name, severity, seed)
     if name != "elastic_transform":
         return mask
@@ -55,10 +62,10 @@ def move_mask(mask: npt.NDArray[np.bool_], name: str, severity: int, seed: int) 
 
 
 def parse_corruptions(text: str) -> tuple[str, ...]:
-    """Names from "all", or names with commas between, in the order of `COMMON`.
+    """Parse "all" or comma-separated names; returns them in the order of `COMMON`.
 
     Raises:
-        ConfigError: one is unknown, or none is given.
+        ConfigError: A name is unknown, or none is given.
     """
     named = set(COMMON) if text == "all" else {part.strip() for part in text.split(",")}
     if unknown := named.difference(COMMON):
@@ -68,7 +75,7 @@ def parse_corruptions(text: str) -> tuple[str, ...]:
 
 
 def _draw(name: str, severity: int, seed: int) -> Generator:
-    """What draws, by the arguments alone."""
+    """Return a generator that depends only on the arguments."""
     (name,) = parse_corruptions(name)
     if severity not in SEVERITIES:
         raise ConfigError(f"severity is {severity}.", f"Choose {SEVERITIES[0]} to {SEVERITIES[-1]}.")
@@ -96,22 +103,22 @@ def _impulse_noise(x: Array, level: int, rng: Generator, _scale: float) -> Array
 
 
 def _defocus_blur(x: Array, level: int, _rng: Generator, scale: float) -> Array:
-    """Every point becomes a disk, whose edge is soft."""
+    """Blur every point to a disk with a soft edge."""
     radius, edge = (scale * x for x in ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[level])
     reach = np.arange(-int(radius + 3), int(radius + 3) + 1)
     disk = _blur((reach[:, None] ** 2 + reach**2 <= radius**2).astype(np.float32), edge)
     around, shape = len(reach) // 2, [length + 2 * len(reach) for length in x.shape[:2]]
     spread = np.fft.rfft2(disk / disk.sum(), shape)[..., None]
     padded = np.pad(x, ((around, around), (around, around), (0, 0)), "reflect")
-    whole = np.fft.irfft2(np.fft.rfft2(padded, shape, (0, 1)) * spread, shape, (0, 1))
-    return np.asarray(whole[len(reach) - 1 :, len(reach) - 1 :][: x.shape[0], : x.shape[1]])
+    blurred = np.fft.irfft2(np.fft.rfft2(padded, shape, (0, 1)) * spread, shape, (0, 1))
+    return np.asarray(blurred[len(reach) - 1 :, len(reach) - 1 :][: x.shape[0], : x.shape[1]])
 
 
 def _glass_blur(x: Array, level: int, rng: Generator, scale: float) -> Array:
     sigma, reach, passes = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[level]
     x, far = _blur(x, sigma * scale).copy(), max(1, round(reach * scale))
-    # Each pixel changes places with one near it. Published one by one; here a lattice of pixels at a time, no two of
-    # which can meet.
+    # Each pixel swaps places with a neighbour. The published code swaps one pixel at a time. Here all pixels of a
+    # lattice are swapped at once; the lattice is so wide that their neighbourhoods do not overlap.
     step = 2 * far + 1
     for _ in range(passes):
         for offset in rng.permutation(step * step):
@@ -165,7 +172,7 @@ def _snow(x: Array, level: int, rng: Generator, scale: float) -> Array:
 
 
 def _frost(x: Array, level: int, rng: Generator, scale: float) -> Array:
-    """Ice on a pane: needles along ridges, bluish; mean .62 and deviation .17, about those of photographs."""
+    """Draw bluish ice needles along ridges, with the mean (.62) and deviation (.17) of photographs of frost."""
     share, ice = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[level]
     shape = x.shape[:2]
     field = _clouds(shape, 1.4, rng)
@@ -183,7 +190,7 @@ def _fog(x: Array, level: int, rng: Generator, _scale: float) -> Array:
 
 
 def _brightness(x: Array, level: int, _rng: Generator, _scale: float) -> Array:
-    # More of V in HSV, where hue and saturation stay: the colour times the ratio of the values.
+    # Raise V in HSV: multiply the colour by the ratio of the values, which keeps hue and saturation.
     value = x.max(-1, keepdims=True)
     brighter = np.minimum(value + (0.1, 0.2, 0.3, 0.4, 0.5)[level], 1)
     return np.asarray(np.where(value > 0, x * brighter / np.maximum(value, 1e-6), brighter))
@@ -206,7 +213,7 @@ def _elastic_transform(x: Array, level: int, rng: Generator, scale: float) -> Ar
         (29.28, 2.44, 4.88),
     )[level]
     shape = x.shape[:2]
-    # Three points about the centre move at random, which is an affine map; then everything is displaced smoothly.
+    # Three points around the centre move at random (an affine map), then everything is displaced smoothly.
     corners = np.array([(1, 1), (1, -1), (-1, -1)]) * min(shape) / 3
     to = corners + rng.uniform(-shear, shear, corners.shape) * scale
     affine = np.linalg.solve(np.column_stack([to, np.ones(3)]), corners)
@@ -231,19 +238,21 @@ def _jpeg_compression(x: Array, level: int, _rng: Generator, _scale: float) -> A
     return np.asarray(Image.open(file), np.float32) / 255
 
 
-# What several are made of
+# Shared helpers
 
 
 def _clouds(shape: tuple[int, ...], roughness: float, rng: Generator) -> Array:
-    """A fractal surface [H,W] from 0 to 1, by midpoint displacement on a torus (the diamond-square algorithm).
+    """Return a fractal surface [H,W] from 0 to 1 (diamond-square algorithm on a torus).
 
     Args:
-        roughness: displacements shrink by its square when distances halve: 2 is smooth, 1.4 rough.
+        shape: Height and width; more axes are ignored.
+        roughness: Displacements shrink by its square when distances halve: 2 is smooth, 1.4 is rough.
+        rng: Random generator.
     """
     side = 1 << int(np.ceil(np.log2(max(*shape, 2))))
     surface, reach = np.zeros((1, 1)), 1.0
     while len(surface) < side:
-        # Points between: first the centres of squares, then those of edges, each the mean of its four neighbours.
+        # First the centres of squares, then of edges: each is the mean of its four neighbours.
         centres = (surface + np.roll(surface, -1, 0) + np.roll(surface, -1, 1) + np.roll(surface, (-1, -1), (0, 1))) / 4
         centres = centres + reach * rng.uniform(-1, 1, centres.shape)
         right = (surface + np.roll(surface, -1, 1) + centres + np.roll(centres, 1, 0)) / 4
@@ -258,17 +267,17 @@ def _clouds(shape: tuple[int, ...], roughness: float, rng: Generator) -> Array:
 
 
 def _to_pillow(image: Array) -> Any:
-    """Of [H,W,3] from 0 to 1."""
+    """Convert [H,W,3] from 0 to 1 to a Pillow image."""
     return Image.fromarray(np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8))
 
 
 def _blur(image: Array, sigma: float) -> Array:
-    """Gaussian, along rows and columns."""
+    """Apply a Gaussian along rows and columns."""
     return np.asarray(ndimage.gaussian_filter(image, (sigma, sigma, *(0,) * (image.ndim - 2)), mode="nearest"))
 
 
 def _drag(x: Array, radius: float, sigma: float, degrees: float) -> Array:
-    """Every point leaves a trail to one side, that fades as a Gaussian."""
+    """Smear every point to one side, with weights that fall off as a Gaussian."""
     count = 2 * round(radius) + 1
     weights = np.exp(-0.5 * (np.arange(count) / sigma) ** 2)
     weights /= weights.sum()
@@ -299,4 +308,4 @@ _CHANGES: dict[str, Change] = {
     "jpeg_compression": _jpeg_compression,
 }
 COMMON = tuple(_CHANGES)
-"""Names, in the order of the paper."""
+"""Names in the order of the paper."""

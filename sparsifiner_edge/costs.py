@@ -1,4 +1,4 @@
-"""Multiply-accumulates (MACs) and bytes of a model per layer and kind, from its shape and SparsityConfig alone."""
+"""Multiply-accumulates (MACs) and bytes per layer and kind, from a model's shape and `SparsityConfig` alone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from sparsifiner_edge.config import LANDMARK_FACTOR, TOP_COEFFICIENTS, Layout, S
 from sparsifiner_edge.plan import plan_of
 
 FLOAT = 4
-"""Bytes of an element; half or quarter them for fp16 or int8."""
+"""Bytes of a float32 element; half of it for fp16, a quarter for int8."""
 _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
-"""No size of a model comes near; checked where a file says it."""
+"""Size of a model, as read from a file. No real model reaches the limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """The sizes that decide costs.
+    """Sizes of a model that decide its cost.
 
     Attributes:
-        depth: layers. heads: H. width: C. hidden: width of the MLP.
-        prefix: tokens that are no patches. patches: P. patch: side of a patch in pixels.
+        depth: Number of layers.
+        heads: H, number of heads.
+        width: C, channels of a token.
+        hidden: Channels of the MLP's hidden layer.
+        prefix: Number of tokens that are not patches.
+        patches: P, number of patch tokens.
+        patch: Side of a patch in pixels.
     """
 
     depth: Annotated[int, Meta(ge=1, le=1024)]
@@ -37,8 +42,10 @@ class ModelShape:
 
 
 class Work(NamedTuple):
-    """MACs of a part of a layer at batch 1, and the bytes that it moves at least once in fp32: weights and activations
-    read or written by code that keeps no score matrix; keys and values that a tile gathers count each time.
+    """MACs and bytes of a part of a layer at batch 1.
+
+    Bytes count what is moved at least once in fp32: weights and activations that are read or written by code that keeps
+    no score matrix. Keys and values that a tile gathers count each time.
     """
 
     macs: int = 0
@@ -46,16 +53,22 @@ class Work(NamedTuple):
 
 
 LayerCosts: TypeAlias = dict[str, Work]
-"""Of one layer, by kind."""
-MAC_KINDS = ("projections", "predictor", "attention", "cells", "mlp", "pruning")
-"""qkv and output projection; the choice of keys; logits and weighted sums over prefix and listed keys (the "MHSA" of
-published tables is this and the predictor); the same over background cells; both linear layers, for the tokens that are
-left; the class token's logits once more, where tokens are pruned by them; or, where tokens merge, what finds the pairs.
+"""Kind -> work of one layer."""
+MAC_KINDS = ("projections", "predictor", "attention", "background", "mlp", "pruning")
+"""Kinds of work.
+
+- projections: QKV and output projection.
+- predictor: selection of keys.
+- attention: logits and weighted sums over prefix and listed keys. Attention and predictor together are the "MHSA" of
+  published tables.
+- background: logits and weighted sums over background tokens.
+- mlp: both linear layers, for the remaining tokens.
+- pruning: the class token's logits for pruning, or the search for pairs to merge.
 """
 
 
 def layers(shape: ModelShape, sparsity: SparsityConfig) -> Iterator[tuple[ModelShape, float, int]]:
-    """Each layer: the shape with the patches that it sees, its share of keys, and the patches that it leaves."""
+    """Yield the shape with its number of patches, the share of keys and the remaining patches of each layer."""
     plan = plan_of(sparsity, shape.depth, shape.patches)
     counts = plan.tokens(shape.patches)
     for share, patches, remaining in zip(plan.keep, counts, counts[1:], strict=False):
@@ -63,9 +76,7 @@ def layers(shape: ModelShape, sparsity: SparsityConfig) -> Iterator[tuple[ModelS
 
 
 def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]:
-    """Costs of every layer, first to last; after each place where tokens are pruned or merged, of those that are
-    left.
-    """
+    """Return the costs of every layer. After pruning or merging, only the remaining tokens count."""
     costs = []
     for here, share, remaining in layers(shape, sparsity):
         ranking = (here.patches + shape.prefix) * shape.width if here.patches != remaining else 0
@@ -77,7 +88,14 @@ def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]
 
 
 def _layer(shape: ModelShape, sparsity: SparsityConfig | None, remaining: int, ranking: int) -> LayerCosts:
-    """`remaining`: tokens that the MLP sees; `ranking`: MACs that find those, where it is fewer."""
+    """Return the costs of a layer.
+
+    Args:
+        shape: Shape with the patches that the layer sees.
+        sparsity: Settings; None is dense attention.
+        remaining: Number of tokens that the MLP sees.
+        ranking: MACs of choosing those tokens; 0 if all remain.
+    """
     tokens, width, hidden = shape.prefix + shape.patches, shape.width, shape.hidden
     costs = dict.fromkeys(MAC_KINDS, Work()) | {
         "projections": Work(4 * tokens * width * width, FLOAT * (4 * width * width + 6 * tokens * width)),
@@ -90,28 +108,32 @@ def _layer(shape: ModelShape, sparsity: SparsityConfig | None, remaining: int, r
     read = layout.keys if sparsity.preset == "paper" else layout.keys + shape.prefix
     reads, gathered = (shape.prefix * tokens + queries * read for queries in (patches, layout.tiles))
     return costs | {
-        "predictor": (_landmarks if sparsity.preset == "paper" else _probes)(shape, sparsity, layout),
+        "predictor": (_landmarks if sparsity.preset == "paper" else _pooled_queries)(shape, sparsity, layout),
         "attention": Work(2 * width * reads, FLOAT * 2 * width * (tokens + gathered)),
-        "cells": Work(
-            2 * width * patches * layout.cells, FLOAT * 2 * width * (patches + layout.cells) if layout.cells else 0
+        "background": Work(
+            2 * width * patches * layout.background_tokens,
+            FLOAT * 2 * width * (patches + layout.background_tokens) if layout.background_tokens else 0,
         ),
     }
 
 
-def _probes(shape: ModelShape, sparsity: SparsityConfig, layout: Layout) -> Work:
-    """Per head d c for each probe and key, then c for each pair; the value deviation is d for each key."""
+def _pooled_queries(shape: ModelShape, sparsity: SparsityConfig, layout: Layout) -> Work:
+    """Return the predictor's work.
+
+    Per head: d c for each pooled query and key, c for each pair, and d for each key's deviation.
+    """
     patches, width, channels = shape.patches, shape.width, sparsity.channels
-    probes = math.ceil(patches / sparsity.probe)
+    pooled_queries = math.ceil(patches / sparsity.query_pool)
     deviation = width * patches if sparsity.value_power else 0
     lists = shape.heads * layout.tiles * layout.keys
     return Work(
-        channels * (width * (probes + patches) + shape.heads * probes * patches) + deviation,
+        channels * (width * (pooled_queries + patches) + shape.heads * pooled_queries * patches) + deviation,
         FLOAT * ((3 if deviation else 2) * width * patches + 2 * width * channels + lists),
     )
 
 
 def _landmarks(shape: ModelShape, sparsity: SparsityConfig, layout: Layout) -> Work:
-    """Channel reduction of q and k, keys to landmarks, coefficients, and scores from the coefficients that are kept."""
+    """Return the work of channel reduction, landmarks, coefficients and scores in the preset "paper"."""
     tokens, width, channels = shape.prefix + shape.patches, shape.width, sparsity.channels
     landmarks = tokens // LANDMARK_FACTOR
     per_head = tokens * landmarks * channels + shape.patches * landmarks * channels
@@ -124,7 +146,7 @@ def _landmarks(shape: ModelShape, sparsity: SparsityConfig, layout: Layout) -> W
 
 
 def summary(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
-    """MACs per kind over all layers, `<kind>_macs`, and their total."""
+    """Return MACs over all layers by kind (`<kind>_macs`), and their total."""
     layers = layer_costs(shape, sparsity)
     macs = {f"{kind}_macs": sum(costs[kind].macs for costs in layers) for kind in MAC_KINDS}
     macs["embedding_macs"] = shape.patches * 3 * shape.patch * shape.patch * shape.width

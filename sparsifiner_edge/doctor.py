@@ -1,4 +1,4 @@
-"""What is installed, what works, and what to do about the rest. Needs the base install alone."""
+"""Check of this installation: installed packages, working backends, and fixes. Needs only the base install."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sparsifiner_edge.errors import SparsifinerError, pip_install
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.machine import Environment, Machine, environment, machine, package_version
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.kernels import FROM_PYTHON, REBUILD
 from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.cuda import CudaDevice, CudaSupport, cuda_support, probe, too_new
@@ -21,20 +22,21 @@ from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.openvino import extension
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 
-DISTRIBUTION, TELEMETRY = "sparsifiner-edge", "ORT_DISABLE_TELEMETRY"
+DISTRIBUTION = "sparsifiner-edge"
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _ON_PROCESSOR = {
     "onnxruntime": Execution(backend="onnxruntime"),
-    "onnxruntime --precision bf16": Execution(backend="onnxruntime", precision="bf16"),
-    "onnxruntime --provider cuda": Execution(backend="onnxruntime", provider="cuda"),
+    "onnxruntime, bf16": Execution(backend="onnxruntime", compute_precision="bf16"),
+    "onnxruntime, cuda": Execution(backend="onnxruntime", provider="cuda"),
     "openvino": Execution(backend="openvino"),
-    "openvino --precision bf16": Execution(backend="openvino", precision="bf16"),
+    "openvino, bf16": Execution(backend="openvino", compute_precision="bf16"),
 }
-"""What can be looked at without a bundle. OpenVINO's fp16 is not among them: it depends on the file."""
+"""Executions that can be checked without a bundle. OpenVINO's fp16 is left out: it depends on the file."""
 _REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(\[[^\]]*\])?.*?extra\s*==\s*['\"](?P<extra>[^'\"]+)")
 
 
 class State(msgspec.Struct, frozen=True):
-    """Whether something can be used here, and why, or why not."""
+    """State of a part: whether it is available, and why."""
 
     available: bool
     reason: str
@@ -42,14 +44,15 @@ class State(msgspec.Struct, frozen=True):
 
 
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
-    """This installation.
+    """Findings about this installation.
 
     Attributes:
-        native_library: its path, or None, with the reason.
-        backends: by name, and by what may be asked of them.
-        telemetry: per library "off", or what switches it on.
-        decoding: what confines the process that decodes videos and streams here.
-        extras: of this distribution: their packages' versions.
+        native_library: Path of the native library; None if it cannot be used.
+        native_library_reason: Reason why the library is used or not.
+        backends: State by backend and option.
+        telemetry: By library, "off" or the variable that switches it on.
+        decoding: Confinement of the process that decodes videos and streams.
+        extras: Packages and their versions by extra of this distribution.
     """
 
     native_library: str | None
@@ -67,7 +70,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine() -> Findings:
-    """What is installed here, what works, and why the rest does not.
+    """Check what is installed here, what works, and why the rest does not.
 
     Example:
         >>> examine().backends["onnxruntime"].available
@@ -98,7 +101,7 @@ def examine() -> Findings:
 
 
 def _cuda() -> Known[CudaDevice]:
-    """Device 0, or why there is none; without one nothing of TensorRT may be touched."""
+    """Return device 0, or why there is none. Without a device, TensorRT is only imported."""
     try:
         return probe()
     except SparsifinerError as error:
@@ -106,24 +109,22 @@ def _cuda() -> Known[CudaDevice]:
 
 
 def _loads(execution: Execution, device: Known[CudaDevice]) -> State:
-    """A backend that runs a file itself. That a build offers CUDA says nothing about the machine: it does without."""
+    """Check a backend that runs ONNX files. A build that offers CUDA may still lack a device."""
     try:
         version = str(find_backend(execution).load().__version__)
     except SparsifinerError as error:
         return State(False, f"{error.what} {error.fix}", package_version(execution.backend))
     if execution.provider != "cuda":
         slower = execution.backend == "openvino" and native.library_path() and not extension()
-        how = (
-            "; operators are called from Python, since none are built for this OpenVINO (docs/cpu.md)" if slower else ""
-        )
-        return State(True, f"imports, and runs on the processor{how}", version)
+        how = f"; operators are {FROM_PYTHON}, which is slower. {REBUILD}" if slower else ""
+        return State(True, f"imports, and runs on the CPU{how}", version)
     if isinstance(device, Unavailable):
-        return State(False, f"is built in, and {device.why}", version)
+        return State(False, f"is built in, but {device.why}", version)
     return State(True, "is built in; a fallback, which runs function bodies and not the CUDA kernels", version)
 
 
 def _engines(name: str, device: Known[CudaDevice]) -> State:
-    """A backend that runs engines: they run where there is a device; TensorRT-RTX also builds where there is none."""
+    """Check a backend that runs engines. They need a device; TensorRT-RTX also builds without one."""
     backend = find_backend(Execution(backend=name))
     assert isinstance(backend, TensorRtBackend)
     packages = [package_version(f"{name}{suffix}") for suffix in ("", "-cu12", "-cu13")]
@@ -142,20 +143,20 @@ def _engines(name: str, device: Known[CudaDevice]) -> State:
 
 
 def _triton() -> State:
-    """Triton compiles kernels at export, and with a GPU runs them in training."""
+    """Check Triton, which compiles kernels at export and, with a GPU, runs them in training."""
     try:
         version = str(importlib.import_module("triton").__version__)
-    except Exception as error:  # Its own library may not load.
+    except Exception as error:  # Its library may fail to load.
         why = f"cannot be imported: {error}. {pip_install('triton')}"
         return State(False, why, package_version("triton"))
     return State(True, "imports; compiles kernels for boards, with or without a GPU", version)
 
 
 def _extras() -> dict[str, dict[str, str | Unavailable]]:
-    """Every extra's own packages, from the installed metadata, so that no second list can go out of date."""
+    """Return the packages of every extra from the installed metadata, so that no second list can go out of date."""
     try:
         requirements = importlib.metadata.requires(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:  # It runs from its source folder.
+    except importlib.metadata.PackageNotFoundError:  # Runs from its source folder.
         return {}
     extras: dict[str, dict[str, str | Unavailable]] = {}
     for match in filter(None, map(_REQUIREMENT.match, requirements)):

@@ -1,6 +1,6 @@
-"""The exceptions of this package: each says what happened, which value, and what to do.
+"""Exceptions of this package. Each says what happened, which value, and what to do.
 
-The command line prints the message alone and exits with `exit_code`: 2 for unusable input, 1 for a gate that failed.
+The command line prints the message and exits with `exit_code`: 2 for unusable input, 1 for a failed gate.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 from sparsifiner_edge.text import printable
 
 _LONGEST = 2000
+"""Maximum number of characters of a message or fix."""
 
 
 class SparsifinerError(Exception):
-    """Base of every error that a user can cause.
+    """Base class of every error that a user can cause.
 
     Args:
-        what: one sentence with the offending value in it. Untrusted names and values may be in it unescaped: they are
-            made harmless here, once for every error; see `text.printable`.
-        fix: what to do about it; printed on its own line.
+        what: One sentence with the offending value. It may contain untrusted names and values: they are escaped here,
+            once for every error (see `text.printable`).
+        fix: What to do about it, printed on its own line.
     """
 
     exit_code = 2
@@ -31,12 +32,12 @@ class SparsifinerError(Exception):
         super().__init__(f"{self.what}\n  {self.fix}" if fix else self.what)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Processes hand errors on, whatever their own arguments were."""
+        """Pickle the message and the fix, so that errors can cross processes whatever their own arguments are."""
         return rebuilt, (type(self), self.what, self.fix)
 
 
 def rebuilt(kind: type[SparsifinerError], what: str, fix: str) -> SparsifinerError:
-    """An error that another process raised."""
+    """Rebuild an error that another process raised."""
     error = kind.__new__(kind)
     SparsifinerError.__init__(error, what, fix)
     return error
@@ -47,7 +48,7 @@ class ConfigError(SparsifinerError):
 
 
 class UnsupportedModelError(SparsifinerError):
-    """A model is unknown, or its architecture cannot be made sparse; the message lists the reasons."""
+    """A model is unknown or its architecture cannot be made sparse. The message lists the reasons."""
 
 
 class WeightsError(SparsifinerError):
@@ -55,7 +56,7 @@ class WeightsError(SparsifinerError):
 
 
 class ArtifactError(SparsifinerError):
-    """A student, bundle or result is corrupt, altered, of another version, or not ours."""
+    """A sparse model, bundle or result is corrupt, altered, of another version, or from another program."""
 
 
 class ImageError(SparsifinerError):
@@ -63,14 +64,14 @@ class ImageError(SparsifinerError):
 
 
 class MissingExtraError(SparsifinerError):
-    """An optional dependency is not installed; the message holds the pip command."""
+    """An optional dependency is not installed. The message holds the pip command."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed, and is needed for this.", f"Install it: {pip_install(extra)}")
 
 
 def pip_install(extras: str) -> str:
-    """The command for extras, such as "train,cpu": from the checkout, for the package is on no index."""
+    """Return the pip command that installs extras such as "train,cpu" from a checkout; the package is on no index."""
     place = Path(__file__).resolve().parents[1]
     known = (place / "pyproject.toml").is_file()
     return f"pip install {shlex.quote(f'{place}[{extras}]')}" if known else f'pip install ".[{extras}]" in a checkout'
@@ -81,10 +82,13 @@ class BackendError(SparsifinerError):
 
 
 class SlowKernelsWarning(UserWarning):
-    """Operators run by function bodies, since the kernels are not installed; the message says how to install them."""
+    """Operators run slower than necessary, because their kernels are missing or do not fit the installed OpenVINO.
+
+    The message says how to fix it.
+    """
 
 
 class GateError(SparsifinerError):
-    """A numerical or accuracy gate failed; nothing was written."""
+    """A numerical or accuracy gate failed. Nothing was written."""
 
     exit_code = 1

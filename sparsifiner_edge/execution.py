@@ -1,4 +1,4 @@
-"""How a bundle is run, as every command and function that runs one takes it: backend, precision, kernels, threads."""
+"""Settings for running a bundle: backend, compute precision, kernels, threads. All commands and functions use them."""
 
 from __future__ import annotations
 
@@ -7,65 +7,72 @@ import msgspec
 from sparsifiner_edge.machine import available_cores
 
 ON_PROCESSOR = ("onnxruntime", "openvino")
-"""Backends (`runtime.open.BACKENDS`) that run the file itself on the processor."""
+"""Backends (`runtime.open.BACKENDS`) that run the ONNX file on the CPU."""
 KERNEL_CHOICES = ("auto", "native", "portable")
-"""What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies. For
-an engine: the fastest, the CUDA kernels, or the bodies."""
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-"""What everything but int8, which stays int8, is computed in; auto: see `Execution`."""
-STORED_PRECISIONS = ("fp32", "fp16", "int8")
-"""What a file may store its weights in; int8: of the linear layers."""
+"""Implementations of the custom operators.
+
+"auto" takes the native library if it was built, "native" requires it, "portable" runs the ONNX function bodies. For an
+engine, these are the fastest implementation, the CUDA kernels and the function bodies.
+"""
+COMPUTE_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+"""Arithmetic of everything that is not int8. See `Execution` for "auto"."""
+WEIGHT_PRECISIONS = ("fp32", "fp16", "int8")
+"""Types in which a file stores its weights; int8 is for the linear layers."""
 INT8_TARGETS = ("cpu", "tensorrt")
-"""cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0;
-`export_bundle` makes the rest of that file float16 afterwards (`export.fp16`), as GPUs have it."""
+"""Kinds of int8 files.
+
+"cpu" has uint8 activations and int8 weights per channel (ONNX Runtime, OpenVINO). "tensorrt" has symmetric int8 for
+both (zero point 0); `export_bundle` converts the rest of that file to float16 (`export.fp16`), which suits GPUs.
+"""
 PROVIDERS = ("cpu", "cuda")
-"""Of ONNX Runtime: what it runs on, and by whose kernels."""
+"""Execution providers of ONNX Runtime."""
 
 
 class Execution(msgspec.Struct, frozen=True, kw_only=True):
-    """How to run a bundle.
+    """Settings for running a bundle.
 
     Attributes:
-        backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or another package's; "auto": what the bundle
-            is intended for, else the first that runs here of an engine in it, ONNX Runtime and OpenVINO.
-        precision: what is computed in: "fp32", "bf16", "fp16"; "auto": intended with the backend, else as stored.
-        provider: of ONNX Runtime: "cpu" or "cuda".
-        kernels: "auto", "native" (the library, or an error) or "portable" (bodies of standard operators); a session's
-            `description` says what runs.
-        threads: inside one operator; None takes the cores that this process may run on.
+        backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx" or a plugin's; "auto" takes the backend that the
+            bundle was optimized for, else the first that works: an engine in the bundle, ONNX Runtime, OpenVINO.
+        compute_precision: Arithmetic of everything that is not int8: "fp32", "bf16", "fp16"; "auto" takes the precision
+            that the bundle was optimized for, else the weight precision.
+        provider: ONNX Runtime's execution provider, "cpu" or "cuda".
+        kernels: "auto", "native" (the library, or an error) or "portable" (ONNX function bodies). A session's
+            `description` reports what runs.
+        threads: Threads inside one operator; None takes the cores that this process may use.
 
     Example:
-        >>> Execution(backend="openvino", precision="bf16", threads=2).cores
+        >>> Execution(backend="openvino", compute_precision="bf16", threads=2).cores
         2
     """
 
     backend: str = "auto"
-    precision: str = "auto"
+    compute_precision: str = "auto"
     provider: str = "cpu"
     kernels: str = "auto"
     threads: int | None = None
 
     def __str__(self) -> str:
-        return self.backend if self.precision == "auto" else f"{self.backend} in {self.precision}"
+        return self.backend if self.compute_precision == "auto" else f"{self.backend} in {self.compute_precision}"
 
     @property
     def cores(self) -> int:
-        """How many threads that is here."""
+        """Number of threads on this machine."""
         return self.threads or available_cores()
 
     @property
     def on_processor(self) -> bool:
-        """Whether a backend of ours computes on the processor; another package's counts as a GPU's."""
+        """True if a backend of this package computes on the CPU. A plugin's backend counts as a GPU's."""
         return self.backend in ON_PROCESSOR and self.provider == "cpu"
 
 
 def execution_of(choice: Execution | str | None) -> Execution:
-    """The `Execution` that a caller means: as given, of a backend's name, or the default for None."""
+    """Return an `Execution` from an `Execution`, the name of a backend, or None for the default."""
     return choice if isinstance(choice, Execution) else Execution() if choice is None else Execution(backend=choice)
 
 
 def precision_text(stored: str | None, computed: str) -> str:
-    """What a file stores and what it is computed in, for people: "fp32", "int8, rest bf16", "fp32, run in bf16"."""
+    """Describe weight and compute precision: "fp32", "int8, rest bf16", "fp32, run in bf16"."""
     if stored == "int8":
         return f"int8, rest {computed}"
     return computed if stored in (None, computed) else f"{stored}, run in {computed}"

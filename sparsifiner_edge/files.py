@@ -1,4 +1,4 @@
-"""Files and folders, written whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from sparsifiner_edge.errors import ArtifactError
 
+# Constants of renameat2(2) on Linux.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -45,7 +46,7 @@ def hold_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def io_errors(path: Path) -> Iterator[None]:
-    """Errors of the disk in the block become an `ArtifactError` about `path`."""
+    """Turn disk errors in the block into an `ArtifactError` about `path`."""
     try:
         yield
     except OSError as error:
@@ -55,12 +56,12 @@ def io_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replace_folder(target: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it is removed.
+    """Fill a temporary folder that replaces `target` on success and is removed on failure.
 
-    What a killed process left of an earlier try is removed.
+    Leftovers of a killed process are removed.
 
     Raises:
-        ArtifactError: the disk refuses.
+        ArtifactError: Writing fails.
     """
     with io_errors(target), scratch_beside(target, folder=True) as scratch:
         scratch.chmod(0o777 & ~umask())
@@ -74,13 +75,13 @@ def replace_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_file(target: Path) -> Iterator[Path]:
-    """Fill a temporary file beside `target`; on success it takes the place of `target`, on any failure it is removed.
+    """Fill a temporary file that replaces `target` on success and is removed on failure.
 
     Args:
-        target: a file's name; of a link, the file that it names is replaced.
+        target: Name of the file; if it is a link, the file that it names is replaced.
 
     Raises:
-        ArtifactError: `target` is a folder or a device, or the disk refuses.
+        ArtifactError: `target` is a folder or a device, or writing fails.
     """
     require_file_path(target)
     place = Path(os.path.realpath(target))
@@ -94,7 +95,7 @@ def replace_file(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder in the system's place for temporary files; it is removed, as is what killed processes left."""
+    """Make a temporary folder that is removed afterwards, together with leftovers of killed processes."""
     place = Path(tempfile.gettempdir()) / f"sparsifiner-edge-{os.getuid()}"
     with contextlib.ExitStack() as stack:
         with io_errors(place):
@@ -104,10 +105,10 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_beside(target: Path, folder: bool) -> Iterator[Path]:
-    """A new file or folder beside `target`, locked as long as this process works on it, gone afterwards.
+    """Make a locked temporary file or folder next to `target`; it is removed after the block.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: Writing fails.
     """
     with contextlib.ExitStack() as stack:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,10 +125,10 @@ def _remove_scratch(handle: int, scratch: Path) -> None:
 
 
 def _new_scratch(target: Path, folder: bool) -> tuple[int, Path]:
-    """A new file or folder `.NAME.{8 hex digits}.tmp` beside `target`; those that dead processes left are removed.
+    """Make a file or folder `.NAME.{8 hex digits}.tmp` next to `target`, and remove those of dead processes.
 
     Returns:
-        A file descriptor, which holds a lock until it is closed; and the path.
+        A file descriptor that holds a lock until it is closed, and the path.
     """
     _remove_dead(target)
     while True:
@@ -137,19 +138,20 @@ def _new_scratch(target: Path, folder: bool) -> tuple[int, Path]:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         else:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        if lock(handle) and path.exists():  # Else another process took it for a leftover, in between.
+        if lock(handle) and path.exists():  # Otherwise another process removed it as a leftover.
             return handle, path
         os.close(handle)
 
 
 def lock(handle: int, wait: bool = False) -> bool:
-    """Lock an open file or folder until it is closed, by whatever way this process ends.
+    """Lock an open file or folder until it is closed, however this process ends.
 
     Args:
-        handle: its descriptor. wait: until its present holder releases it.
+        handle: File descriptor.
+        wait: Wait until the present holder releases it.
 
     Returns:
-        Whether it is ours now. A disk without locks gives every one.
+        True if this process holds the lock. A file system without locks always gives True.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -161,11 +163,11 @@ def lock(handle: int, wait: bool = False) -> bool:
 
 
 def _remove_dead(target: Path) -> None:
-    """Remove scratch files of `target` whose process has ended: its lock has ended with it."""
+    """Remove temporary files of `target` whose process, and with it the lock, has ended."""
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for path in target.parent.iterdir():
-            with contextlib.suppress(OSError):  # Somebody else's, in a folder that all may write.
+            with contextlib.suppress(OSError):  # Another user's, in a folder that everyone may write to.
                 if name.fullmatch(path.name) and path.lstat().st_uid == os.getuid() and not is_locked(path):
                     _remove(path)
 
@@ -179,7 +181,10 @@ def _remove(path: Path) -> None:
 
 
 def _swap(scratch: Path, target: Path) -> None:
-    """The new takes the place of the old, at one moment where the system can; `scratch` then holds the old."""
+    """Put the new file or folder in the place of the old, atomically if the system can.
+
+    `scratch` then holds the old one.
+    """
     if not target.exists():
         scratch.rename(target)
     elif not _exchange(scratch, target):
@@ -193,33 +198,33 @@ def _swap(scratch: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Whether the two have changed places; not every file system can (renameat2, Linux 3.15)."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two paths atomically and return True; False on file systems without renameat2 (Linux 3.15)."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
         return False
-    return bool(call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+    return bool(call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
 
 
 def umask() -> int:
-    """This process's mask of permissions for new files."""
+    """Return this process's permission mask for new files."""
     current = os.umask(0)
     os.umask(current)
     return current
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's content before its name says so."""
+    """Flush a file's content to disk before its name points to it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def require_file_path(path: Path) -> None:
-    """Refuse an output file that is a folder, a device or a link in a circle.
+    """Refuse an output file that is a folder, a device or a circular link.
 
     Raises:
-        ArtifactError: it is.
+        ArtifactError: It is one of these.
     """
     with io_errors(path), contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(path.stat().st_mode):
@@ -228,13 +233,13 @@ def require_file_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, open for reading: opening a pipe would block, and a device may have no end.
+    """Open a regular file for reading. Opening a pipe would block, and a device may have no end.
 
     Args:
-        path: the file, or a link to it.
+        path: The file, or a link to it.
 
     Raises:
-        ArtifactError: missing, not a regular file, or the disk refuses, then or in the block.
+        ArtifactError: The file is missing or not a regular file, or reading fails, also during the block.
     """
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -243,23 +248,23 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
             yield file
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist.", "Check the path.") from error
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero in it.
-        said = getattr(error, "strerror", None) or error
-        raise ArtifactError(f"{path} cannot be read: {said}.", "Check the path.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte.
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{path} cannot be read: {reason}.", "Check the path.") from error
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a regular file.
+    """Return the content of a regular file.
 
     Args:
-        path: the file, or a link to it.
-        most: bytes that it may have.
+        path: The file, or a link to it.
+        most: Maximum size in bytes.
 
     Raises:
-        ArtifactError: see `open_regular`; or it is larger.
+        ArtifactError: The file cannot be opened (see `open_regular`) or is larger.
     """
     with open_regular(path) as file:
-        # Python allocates as much as it is asked to read, so the limit itself is never asked for.
+        # Python allocates the requested size at once, so never request the limit itself.
         content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
         while len(content) <= most and (more := file.read(1 << 20)):
             content += more
@@ -269,7 +274,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; bytes in names that are no UTF-8 become backslash escapes.
+    """Write a text file completely or not at all. Bytes that are not UTF-8 become backslash escapes.
 
     Raises:
         ArtifactError: `path` is a folder or a device, or the disk refuses.
@@ -278,7 +283,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
     Raises:
         ArtifactError: `path` is a folder or a device, or the disk refuses.
@@ -289,7 +294,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def hold_lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """One process at a time: whether the file or folder is ours. The lock ends with the process."""
+    """Hold a lock on a file or folder during the block; yields False if another process holds it."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         yield lock(handle, wait)
@@ -298,8 +303,8 @@ def hold_lock(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process that locked a file or folder still lives."""
-    if path.is_symlink():  # Somebody else's: what we lock is a file or a folder.
+    """Return True if a live process holds a lock on a file or folder."""
+    if path.is_symlink():  # Possibly another user's: only files and folders are locked.
         return False
     with contextlib.suppress(FileNotFoundError), hold_lock(path, wait=False) as ours:
         return not ours

@@ -1,4 +1,4 @@
-"""How a frame is brought to the size that a model takes: one geometry for images, videos, cameras and what is drawn."""
+"""Geometry from frames to a model's input, shared by images, videos, cameras and overlays."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ if TYPE_CHECKING:
 Fit: TypeAlias = Literal["crop", "letterbox", "stretch"]
 FITS: tuple[Fit, ...] = get_args(Fit)
 Box: TypeAlias = tuple[int, int, int, int]
-"""Left, top, width, height, in pixels."""
+"""Left, top, width and height in pixels."""
 BARS = (124, 116, 104)
-"""RGB of what "letterbox" leaves free: ImageNet's mean, within a fifth of a standard deviation of zero whichever of the
-usual means a model takes off. One colour for all, so that no program needs to ask a model.
+"""RGB of the bars of "letterbox": ImageNet's mean, which is close to zero after any of the usual normalisations.
+
+One colour serves all models, so that clients need no setting for it.
 """
 _ROUNDED = 5
-"""Percent of a frame that may be lost to a size of its own shape, which is of whole patches: no reason for another."""
+"""Percentage of a frame that may be cut without a hint to use another fit: the input consists of whole patches."""
 
 
 class Fitting(msgspec.Struct, frozen=True):
-    """Where in a frame a model reads.
+    """The part of a frame that a model reads.
 
     Attributes:
-        frame: its width and height, in pixels. box: what is read of it.
-        size: width and height of the model's input. inner: where in that the box is; around it are bars.
+        frame: Width and height of the frame in pixels.
+        box: Part of the frame that is read.
+        size: Width and height of the model's input.
+        inner: Where the box lies in the input; bars surround it.
 
     Example:
         >>> fitted = Framing(224, "letterbox").of(1920, 1080)
@@ -45,27 +48,27 @@ class Fitting(msgspec.Struct, frozen=True):
     inner: Box
 
     def to_frame(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the input, in pixels from its corner, in those of the frame."""
+        """Map a point of the input, in pixels from its corner, to the frame."""
         (x0, y0, across, down), (column, row, columns, rows) = self.box, self.inner
         return x0 + (x - column) * across / columns, y0 + (y - row) * down / rows
 
     def cut(self, values: Array) -> Array:
-        """What a map [...,h,w] of the input says of the box: without bars."""
+        """Return the part of a map [...,h,w] of the input that belongs to the box, without bars."""
         (x, y, width, height), (across, down), (rows, columns) = self.inner, self.size, values.shape[-2:]
         return values[..., _span(y, height, down, rows), _span(x, width, across, columns)]
 
 
 class Framing(msgspec.Struct, frozen=True):
-    """How frames become a model's input.
+    """Geometry from frames to a model's input.
 
     Attributes:
-        size: of the input, in pixels.
-        fit: "crop": the largest box of that shape about the frame's centre; "letterbox": the whole frame, with bars of
-            the colour `BARS`; "stretch": the whole frame, distorted.
-        region: what counts as the whole frame, whatever `parse_region` takes; None: all of it.
+        size: Input size in pixels.
+        fit: "crop": the largest centred box with the input's aspect ratio. "letterbox": the whole frame between bars of
+            the colour `BARS`. "stretch": the whole frame, distorted.
+        region: Part of the frame that counts as the whole frame, as `parse_region` takes it; None for all of it.
 
     Raises:
-        ConfigError: there is no such fit, or the region is none.
+        ConfigError: The fit or the region is invalid.
     """
 
     size: ImageSize
@@ -78,7 +81,7 @@ class Framing(msgspec.Struct, frozen=True):
             msgspec.structs.force_setattr(self, "region", parse_region(self.region))
 
     def of(self, width: int, height: int) -> Fitting:
-        """Of a frame of so many pixels; refuses one that the region is not within."""
+        """Return the fitting for a frame of this width and height; refuses a frame that does not contain the region."""
         rows, columns = height_width(self.size)
         box, inner = self.region or (0, 0, width, height), (0, 0, columns, rows)
         if box[0] + box[2] > width or box[1] + box[3] > height:
@@ -92,11 +95,11 @@ class Framing(msgspec.Struct, frozen=True):
 
     @property
     def is_centre(self) -> bool:
-        """That it is what `crop` takes of a whole frame."""
+        """True if this is "crop" of a whole frame."""
         return self.fit == "crop" and self.region is None
 
     def describe(self, fitting: Fitting) -> str:
-        """For people: what of a frame is read, what is not, and what to do about it."""
+        """Describe which part of a frame is read, which is not, and what to do about it."""
         (width, height), (_, _, across, down), (columns, rows) = fitting.frame, fitting.box, fitting.size
         dropped = round(100 * (1 - across * down / (width * height)))
         bars = round(100 * (1 - fitting.inner[2] * fitting.inner[3] / (columns * rows)))
@@ -104,11 +107,11 @@ class Framing(msgspec.Struct, frozen=True):
         if dropped and self.region is None:
             like = ", or export with --like VIDEO" if dropped > _ROUNDED else ""
             text += f", {dropped} % is dropped; to read all, run with --fit letterbox{like}"
-        like = "; export with --like VIDEO to have none" if bars > _ROUNDED and self.region is None else ""
+        like = "; to avoid bars, export with --like VIDEO" if bars > _ROUNDED and self.region is None else ""
         return text + (f", {bars} % of the input is bars{like}" if bars else "")
 
     def __str__(self) -> str:
-        """As results and people are told: "centre square, bicubic to 224 px"."""
+        """Describe the framing as results do: "centre square, bicubic to 224 px"."""
         rows, columns = height_width(self.size)
         ways = "centre square" if rows == columns else "centre rectangle", "whole between bars", "whole, stretched"
         region = f" of the region {','.join(map(str, self.region))}" if self.region else ""
@@ -116,13 +119,13 @@ class Framing(msgspec.Struct, frozen=True):
 
 
 def require_fit(fit: str) -> None:
-    """Refuse what is none of `FITS`."""
+    """Refuse a fit that is not in `FITS`."""
     if fit not in FITS:
         raise ConfigError(f"fit is {fit!r:.40}.", f"Choose one of: {', '.join(FITS)}.")
 
 
 def parse_region(region: object) -> Box:
-    """ "640,0,640,480" or [640, 0, 640, 480] -> (640, 0, 640, 480); refuses other than four numbers, and no pixel."""
+    """Parse a region: "640,0,640,480" or [640, 0, 640, 480] -> (640, 0, 640, 480); refuses an empty one."""
     parts = region.split(",") if isinstance(region, str) else region
     if not isinstance(parts, list | tuple) or len(parts) != 4:
         raise ConfigError(f"The region is {region!r:.60}.", "Give X,Y,WIDTH,HEIGHT, in pixels of the frame.")
@@ -132,13 +135,13 @@ def parse_region(region: object) -> Box:
 
 
 def _largest(within: Box, across: int, down: int) -> Box:
-    """The largest box of the shape across : down about the centre of another."""
+    """Return the largest box with the aspect ratio across : down, centred in another box."""
     x, y, width, height = within
     wide, high = min(width, max(1, round(height * across / down))), min(height, max(1, round(width * down / across)))
     return x + (width - wide) // 2, y + (height - high) // 2, wide, high
 
 
 def _span(first: int, length: int, whole: int, cells: int) -> slice:
-    """The cells of `cells` that stand for so many of `whole` pixels; at least one."""
+    """Return the cells of a grid that cover a span of pixels; at least one."""
     start = min(round(first * cells / whole), cells - 1)
     return slice(start, max(start + 1, round((first + length) * cells / whole)))

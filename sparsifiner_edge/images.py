@@ -1,4 +1,4 @@
-"""Images from files and folders, as uint8 arrays of the size a model takes, and what it expects of their pixels."""
+"""Images as uint8 arrays of a model's input size, and the pixel normalisation that a model expects."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ from sparsifiner_edge.fitting import BARS, Fitting, Framing
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What these endings stand for, and no other decoder: one of Pillow's starts another program."""
+"""File formats whose decoders may run. Another decoder of Pillow, for EPS, starts Ghostscript."""
 _FIX = "Replace or remove it."
+"""Fix for an image that cannot be read."""
 Item = TypeVar("Item")
 Normalise: TypeAlias = tuple[Sequence[float], Sequence[float]] | Literal[False] | None
-"""What a caller says of pixels: mean and standard deviation (see `Normalisation`); False: the module normalises inside,
-pixels from 0 to 1; None: nothing, so that the model itself must.
+"""Pixel normalisation as callers give it.
+
+(mean, standard deviation): see `Normalisation`. False: the module normalises itself and takes pixels from 0 to 1. None:
+not given, so that the model must declare it.
 """
 _Deviation = Annotated[float, msgspec.Meta(gt=0)]
+"""Standard deviation: above 0."""
 
 
 class Normalisation(msgspec.Struct, frozen=True):
-    """What a model expects of an image: x = (pixel * scale - mean) / std per channel of RGB."""
+    """Normalisation that a model expects: x = (pixel * scale - mean) / std per RGB channel."""
 
     mean: tuple[float, float, float]
     std: tuple[_Deviation, _Deviation, _Deviation]
@@ -43,19 +47,19 @@ class Normalisation(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, mean: Any, std: Any) -> Normalisation:
-        """Of three finite numbers each, standard deviations above 0.
+        """Build a normalisation from three finite means and three standard deviations above 0.
 
         Raises:
-            ConfigError: something else.
+            ConfigError: The values are something else.
         """
         return cls(_channels("mean", mean), _channels("std", std, 0.0))
 
     @classmethod
     def parse(cls, normalise: Normalise) -> Normalisation | None:
-        """What a caller said; None: nothing.
+        """Parse a caller's `Normalise`; None if it was not given.
 
         Raises:
-            ConfigError: it is neither of what `Normalise` is.
+            ConfigError: It is not a valid `Normalise`.
         """
         if normalise is None or normalise is False:
             return None if normalise is None else AS_IS
@@ -67,13 +71,13 @@ class Normalisation(msgspec.Struct, frozen=True):
 
 
 AS_IS = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-"""Pixels from 0 to 1, whatever the module does with them."""
+"""Pixels from 0 to 1 without normalisation."""
 
 
 def _channels(name: str, values: Any, above: float = -math.inf) -> tuple[float, float, float]:
     try:
         red, green, blue = (float(value) for value in values)
-    except (TypeError, ValueError, RuntimeError):  # The last of a tensor with other axes than one.
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor with more than one axis.
         red = green = blue = math.nan
     if not all(above < value < math.inf for value in (red, green, blue)):
         raise ConfigError(f"{name} is {values!r:.80}.", "Give one number for each of red, green and blue.")
@@ -81,10 +85,10 @@ def _channels(name: str, values: Any, above: float = -math.inf) -> tuple[float, 
 
 
 def list_images(source: Path) -> list[Path]:
-    """The image `source` itself, or every image below the folder `source`, sorted by path.
+    """Return the image `source`, or every image below the folder `source`, sorted by path.
 
     Raises:
-        ImageError: it does not exist or holds no image.
+        ImageError: It does not exist or holds no image.
     """
     if source.is_file():
         return [source]
@@ -97,24 +101,25 @@ def list_images(source: Path) -> list[Path]:
 
 
 def evenly(items: Sequence[Item], most: int) -> list[Item]:
-    """At most `most` of the items, evenly taken."""
+    """Return at most `most` of the items, evenly spaced."""
     if len(items) <= most:
         return list(items)
     return [items[number * len(items) // most] for number in range(most)]
 
 
 def class_order(folders: Iterable[str], labels: Sequence[str]) -> tuple[str, ...]:
-    """Names of the folders that hold one class each, in the order of the classifier's outputs.
+    """Return the names of class folders in the order of the classifier's outputs.
 
     Args:
-        folders: their names. labels: the classifier's own, in that order; empty where it has none.
+        folders: Names of the folders.
+        labels: Names of the classifier's classes in order; empty if it has none.
 
     Returns:
-        The labels, where every folder is named after one; the sorted folders, where none is, as in data sets whose
-        folders are numbers or codes.
+        The labels if every folder is named after one; the sorted folders if none is (folders named by numbers or
+        codes).
 
     Raises:
-        ConfigError: some folders are named after a label and others are not.
+        ConfigError: Only some folders are named after a label.
     """
     names = sorted(set(folders))
     unknown = [name for name in names if name not in labels]
@@ -126,18 +131,22 @@ def class_order(folders: Iterable[str], labels: Sequence[str]) -> tuple[str, ...
 
 
 def load_image(path: Path, size: ImageSize | Framing) -> Pixels:
-    """An image as a model takes it: uint8 RGB [height, width, 3]; see `read_image`."""
+    """Load an image as a model's input, uint8 RGB [height, width, 3]; see `read_image`."""
     return read_image(path, size)[0]
 
 
 def read_image(path: Path, size: ImageSize | Framing) -> tuple[Pixels, Fitting]:
-    """An image as a model takes it, uint8 RGB [height, width, 3], and which part of the image that is; of a size alone
-    its centre. Resized bicubically.
+    """Load an image as a model's input, and return which part of the image that is.
+
+    Images are resized bicubically. A size alone takes the centre.
+
+    Returns:
+        uint8 RGB [height, width, 3], and the fitting.
 
     Raises:
-        ImageError: the file is missing, not a regular file, truncated, no image, or absurdly large; or a region is not
-            within it.
-        ConfigError: the size is beyond `MOST_SIDE`, or none.
+        ImageError: The file is missing, not a regular file, truncated, no image, or absurdly large, or it does not
+            contain the region.
+        ConfigError: The size is invalid or beyond `MOST_SIDE`.
     """
     framing = size if isinstance(size, Framing) else Framing(size)
     height, width = height_width(framing.size)
@@ -147,7 +156,7 @@ def read_image(path: Path, size: ImageSize | Framing) -> tuple[Pixels, Fitting]:
 
     def read(image: Any) -> tuple[Pixels, Fitting]:
         fitting = framing.of(*image.size)
-        if framing.region is None and framing.fit != "letterbox":  # Region and bars are of the whole image's pixels.
+        if framing.region is None and framing.fit != "letterbox":  # Regions and bars refer to the whole image's pixels.
             image.draft("RGB", (width, height))
         return np.array(fit_image(image, framing)), fitting
 
@@ -156,39 +165,41 @@ def read_image(path: Path, size: ImageSize | Framing) -> tuple[Pixels, Fitting]:
 
 
 def load_mask(path: Path, size: ImageSize | Framing) -> npt.NDArray[np.bool_]:
-    """The same part of a mask as `load_image` takes of its image: bool [height, width], where it is brighter than half.
+    """Load a mask like its image: bool [height, width], True where it is brighter than half.
+
+    It covers the same part as `load_image` takes of the image.
 
     Raises:
-        ImageError: see `load_image`.
+        ImageError: See `load_image`.
     """
     mask = _use(path, lambda image: np.array(fit_image(image, size, "L", "BILINEAR")))
     return np.asarray(mask > 127, dtype=np.bool_)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image, in pixels; raises as `read_image`."""
+    """Return width and height of an image in pixels; raises as `read_image`."""
     width, height = _use(path, lambda image: image.size)
     return width, height
 
 
 def fit_image(image: Any, size: ImageSize | Framing, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
-    """A Pillow image, as `size` says how, as Pillow's image of that size and mode."""
+    """Fit a Pillow image to a size, and return it as a Pillow image of that size and mode."""
     fitting = (size if isinstance(size, Framing) else Framing(size)).of(*image.size)
     x, y, width, height = fitting.box
     part = image.crop((x, y, x + width, y + height)).convert(mode)
     part = part.resize(fitting.inner[2:], _pillow().Resampling[resampling])
     if fitting.inner[2:] == fitting.size:
         return part
-    whole = _pillow().new(mode, fitting.size, BARS if mode == "RGB" else 0)
-    whole.paste(part, fitting.inner[:2])
-    return whole
+    canvas = _pillow().new(mode, fitting.size, BARS if mode == "RGB" else 0)
+    canvas.paste(part, fitting.inner[:2])
+    return canvas
 
 
 def open_image(path: Path) -> Any:
-    """An image as Pillow's RGB image, read whole.
+    """Open an image and read it completely, as an RGB Pillow image.
 
     Raises:
-        ImageError: as of `load_image`.
+        ImageError: See `load_image`.
     """
     return _use(path, lambda image: image.convert("RGB"))
 
@@ -197,25 +208,25 @@ def _use(path: Path, use: Callable[[Any], Any]) -> Any:
     try:
         with open_regular(path) as file:
             return _decode(file, path, use)
-    except ArtifactError as error:  # Missing, a pipe, a device.
+    except ArtifactError as error:  # Missing, a pipe or a device.
         raise ImageError(f"{path} cannot be read as an image: {error.what}", _FIX) from error
 
 
 def _decode(file: BinaryIO, path: Path, use: Callable[[Any], Any]) -> Any:
-    """Caught here: what Pillow raises for a file of an unknown format is an OSError too."""
+    """Decode an image. Pillow raises an OSError for an unknown format, so errors are distinguished here."""
     image_module = _pillow()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about palettes with transparency, which is dropped
+            warnings.simplefilter("ignore", UserWarning)  # palettes with transparency, which is dropped
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
             with image_module.open(file, formats=_FORMATS) as image:
                 return use(image)
-    except ConfigError as error:  # A region.
+    except ConfigError as error:  # The region does not fit.
         raise ImageError(f"{path}: {error.what}", error.fix) from error
-    # Pillow's decoders raise many kinds of error on damaged files; none of them is worth a traceback.
+    # Pillow's decoders raise many kinds of errors on damaged files; none deserves a traceback.
     except Exception as error:
-        unknown = isinstance(error, image_module.UnidentifiedImageError)  # It would say in which object of Python's.
-        why = f"it is none of {', '.join(_FORMATS)}" if unknown else error
+        unknown = isinstance(error, image_module.UnidentifiedImageError)  # Its message would name a Python object.
+        why = f"its format is none of {', '.join(_FORMATS)}" if unknown else error
         raise ImageError(f"{path} cannot be read as an image: {why}.", _FIX) from error
 
 

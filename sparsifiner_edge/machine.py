@@ -1,4 +1,4 @@
-"""The machine and the software that a measurement ran on."""
+"""Machine and software of a measurement."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import msgspec
 from sparsifiner_edge.records import Unavailable
 
 PACKAGES = ("sparsifiner-edge", "numpy", "onnx", "onnxruntime")
+"""Distributions whose versions are recorded."""
 VARIABLES = re.compile(r"^(OMP|KMP|GOMP|MKL|OPENBLAS|BLIS|ORT|ONNXRUNTIME)_|_NUM_THREADS$|^CUDA_VISIBLE_DEVICES$")
+"""Environment variables that are recorded: they change threads, devices or math libraries."""
 NO_CPUFREQ = Unavailable("cpufreq is not readable, as in most virtual machines")
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """Processor, cores, memory, system, clock governor and board."""
+    """Processor, cores, memory, operating system, clock governor and board."""
 
     cpu_model: str | Unavailable
     logical_cores: int
@@ -32,7 +34,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """Python, the packages that a measurement depends on, and the variables that control threads and devices."""
+    """Python version, relevant packages, and variables that control threads and devices."""
 
     python: str
     packages: dict[str, str | Unavailable]
@@ -40,7 +42,7 @@ class Environment(msgspec.Struct, frozen=True):
 
 
 def available_cores() -> int:
-    """Logical cores that this process may run on."""
+    """Return the number of logical cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -52,7 +54,7 @@ def _read(path: Path) -> str | None:
 
 
 def _cpu_fields(root: Path) -> dict[str, str]:
-    """Of /proc/cpuinfo, of the first processor."""
+    """Return the fields of the first processor in /proc/cpuinfo."""
     fields: dict[str, str] = {}
     for line in (_read(root / "proc/cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
@@ -61,15 +63,17 @@ def _cpu_fields(root: Path) -> dict[str, str]:
 
 
 _X86 = ("x86_64", "AMD64", "i686")
+"""Names that `platform.machine` gives to x86 processors."""
 
 
 def has_int8_products(root: Path = Path("/")) -> bool:
-    """Whether the processor adds products of int8 in 32 bits. x86 without VNNI or AMX adds pairs of them in 16 bits,
-    which saturate (oneDNN, "Nuances of int8 computations").
+    """Return True if the processor accumulates int8 products in 32 bits.
+
+    x86 without VNNI or AMX adds pairs of products in 16 bits, which saturate (oneDNN, "Nuances of int8 computations").
     """
     fields = _cpu_fields(root)
     flags = fields.get("flags")
-    if flags is None:  # Arm's, or hidden.
+    if flags is None:  # Arm, or hidden.
         return "features" in fields or platform.machine() not in _X86
     return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags.split())
 
@@ -78,7 +82,7 @@ def _cpu_model(root: Path) -> str | Unavailable:
     fields = _cpu_fields(root)
     if fields.get("model name"):
         return fields["model name"]
-    if "cpu implementer" in fields:  # Arm kernels give numbers where x86 gives a name.
+    if "cpu implementer" in fields:  # Arm kernels give numbers, x86 kernels a name.
         return f"implementer {fields['cpu implementer']}, part {fields.get('cpu part', 'unknown')}"
     return Unavailable("/proc/cpuinfo names no model")
 
@@ -89,10 +93,10 @@ def _memory_bytes(root: Path) -> int | Unavailable:
 
 
 def machine(root: Path = Path("/")) -> Machine:
-    """This machine.
+    """Describe this machine.
 
     Args:
-        root: where `proc` and `sys` are; tests give another tree.
+        root: Folder that contains `proc` and `sys`; tests give another one.
     """
     system = re.search(r'^PRETTY_NAME="?([^"\n]+)', _read(root / "etc/os-release") or "", re.MULTILINE)
     return Machine(
@@ -109,10 +113,12 @@ def machine(root: Path = Path("/")) -> Machine:
 
 
 def jetson_release(root: Path = Path("/")) -> str | None:
-    """Release of Jetson Linux, such as "36.4.3" (36 is JetPack 6, 38 and 39 are JetPack 7); None on other machines.
+    """Return the release of Jetson Linux, such as "36.4.3"; None on other machines.
+
+    Release 36 is JetPack 6; 38 and 39 are JetPack 7.
 
     Args:
-        root: where `etc` and `var` are; tests give another tree.
+        root: Folder that contains `etc` and `var`; tests give another one.
     """
     release = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release") or "")
     if release:
@@ -123,7 +129,7 @@ def jetson_release(root: Path = Path("/")) -> str | None:
 
 
 def package_version(name: str) -> str | Unavailable:
-    """Version of an installed distribution, or why there is none."""
+    """Return the version of an installed distribution, or why there is none."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -131,7 +137,7 @@ def package_version(name: str) -> str | Unavailable:
 
 
 def environment() -> Environment:
-    """The software of this process."""
+    """Describe the software of this process."""
     return Environment(
         python=platform.python_version(),
         packages={name: package_version(name) for name in PACKAGES},

@@ -11,18 +11,21 @@ from sparsifiner_edge.arrays import Array
 
 
 def cosine(a: Array, b: Array) -> Array:
-    """Cosine similarity along the last axis, in float64: [..., C] x [..., C] -> [...]; of nothing with nothing 1."""
+    """Return the cosine similarity along the last axis in float64; two zero vectors give 1.
+
+    The shapes are [..., C] x [..., C] -> [...].
+    """
     a, b = a.astype(np.float64), b.astype(np.float64)
-    of_a, of_b = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
+    norm_a, norm_b = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
     with np.errstate(invalid="ignore"):
-        cosines = (a * b).sum(-1) / np.maximum(of_a * of_b, 1e-30)
-    return np.asarray(np.where((of_a == 0) & (of_b == 0), 1.0, cosines))
+        cosines = (a * b).sum(-1) / np.maximum(norm_a * norm_b, 1e-30)
+    return np.asarray(np.where((norm_a == 0) & (norm_b == 0), 1.0, cosines))
 
 
 def row_cosines(name: str, got: Array, expected: Array) -> Array:
-    """Cosines of an output's rows: of each of "tokens" [B,N,C]; of other outputs each image's as a whole.
+    """Return the cosines of an output's rows: each token of "tokens" [B,N,C], each image of any other output.
 
-    A row of a map that is nearly empty says nothing.
+    Cosines of single rows of a nearly empty map would be meaningless.
     """
     if name != "tokens":
         got, expected = (x.reshape(len(x), -1) for x in (got, expected))
@@ -31,13 +34,17 @@ def row_cosines(name: str, got: Array, expected: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How one output compares with its reference.
+    """Comparison of one output with its reference.
 
     Attributes:
-        error: greatest difference, relative to the range of the reference (for a constant its magnitude; for zeros 1).
-        cosine, mean: least and mean cosine over its rows; see `row_cosines`.
-        worst: index of the element with the greatest difference; got, expected: its values.
-        beyond: share of elements whose difference exceeds the tolerance.
+        error: Greatest difference relative to the range of the reference (to its magnitude if it is constant, to 1 if
+            it is 0).
+        cosine: Lowest cosine over the rows; see `row_cosines`.
+        mean: Mean cosine over the rows.
+        worst: Index of the element with the greatest difference.
+        got: Value there.
+        expected: Reference value there.
+        beyond: Share of elements whose difference exceeds the tolerance.
     """
 
     error: float
@@ -50,7 +57,7 @@ class Agreement:
 
 
 def agreement(name: str, got: Array, expected: Array, tolerance: float) -> Agreement:
-    """Compare two outputs of one name and shape; a difference that is NaN or infinite counts as infinite."""
+    """Compare two outputs of the same name and shape. NaN and infinite differences count as infinite."""
     a, b = got.astype(np.float64), expected.astype(np.float64)
     scale = float(np.ptp(b)) or float(np.abs(b).max()) or 1.0
     difference = np.abs(a - b)
@@ -69,19 +76,20 @@ def agreement(name: str, got: Array, expected: Array, tolerance: float) -> Agree
 
 
 def mean_absolute_error(got: Array, expected: Array) -> float:
-    """Over all elements."""
+    """Return the mean absolute difference over all elements."""
     return float(np.abs(got.astype(np.float64) - expected.astype(np.float64)).mean())
 
 
 def intersection_over_union(got: Array, expected: Array) -> float:
-    """Of two masks; 1 where both are empty."""
+    """Return the IoU of two masks; 1 if both are empty."""
     union = int(np.logical_or(got, expected).sum())
     return int(np.logical_and(got, expected).sum()) / union if union else 1.0
 
 
 def auroc(scores: Array, truth: Array) -> float | None:
-    """Area under the receiver operating characteristic of scores for a mask, ties counted half; None where the mask is
-    all or nothing: no order can be right or wrong then.
+    """Return the area under the ROC curve of scores for a mask; ties count half.
+
+    None if the mask is empty or full: no order is right or wrong then.
     """
     flat, wanted = scores.ravel(), truth.ravel().astype(bool)
     positive = int(wanted.sum())
@@ -94,20 +102,21 @@ def auroc(scores: Array, truth: Array) -> float | None:
 
 
 POSITIONS = "token_positions"
-"""Output that says where the patches in "tokens" lie, in models that prune tokens."""
+"""Output with the positions of the patches in "tokens", for models that prune tokens."""
 OTHER_TOKENS = 0.02
-"""Share of the tokens that may differ from the reference's: of two with equal scores either may stay."""
+"""Share of the tokens that may differ from the reference's: of two tokens with equal scores, either may stay."""
 
 
 def align(got: Mapping[str, Array], expected: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
-    """Outputs of a model that prunes tokens, with its patches at another's positions.
+    """Align the outputs of a model that prunes tokens with those of another.
 
     Args:
-        got, expected: outputs by name.
+        got: Outputs by name.
+        expected: Outputs of the reference by name.
 
     Returns:
-        `got` without positions, where a patch that only `expected` kept is that of `expected`; and the number of those.
-        Other outputs, and those of models that do not prune, are unchanged.
+        `got` without positions, where a patch that only `expected` kept has the value of `expected`; and the number of
+        those. Other outputs, and those of models that do not prune, are unchanged.
     """
     outputs = {name: value for name, value in got.items() if name != POSITIONS}
     if POSITIONS not in got or POSITIONS not in expected:

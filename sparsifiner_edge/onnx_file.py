@@ -1,4 +1,4 @@
-"""Reading untrusted ONNX files: self-contained, or refused."""
+"""Reader for untrusted ONNX files, which must be self-contained."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from sparsifiner_edge.errors import ArtifactError
 
 
 def read_model(content: bytes, origin: object) -> Any:
-    """A self-contained ONNX file, as onnx's ModelProto.
+    """Read a self-contained ONNX file as onnx's ModelProto.
 
-    A model may name other files: weights (external data), or a compiled context (EPContext). Neither a hash nor a
-    signature of the model covers those, and ONNX Runtime would read whatever file is named there.
+    A model may name other files: weights (external data) or a compiled context (EPContext). No hash or signature of the
+    model covers those, and ONNX Runtime would read any file that is named there.
 
     Args:
-        content: the file.
-        origin: where it is from, for messages.
+        content: Content of the file.
+        origin: Source of the file, for messages.
 
     Raises:
-        ArtifactError: it is not an ONNX file, or needs another file.
+        ArtifactError: The content is not an ONNX file, or it needs another file.
     """
     import onnx
 
     try:
         model = onnx.load_from_string(content)
-    except Exception as error:  # Protobuf's error, of whichever implementation.
+    except Exception as error:  # Error of any protobuf implementation.
         raise ArtifactError(f"{origin} is not an ONNX file: {error}.", "Export the bundle again.") from error
     for message in _messages(model):
         if isinstance(message, onnx.TensorProto) and (
@@ -42,9 +42,9 @@ def read_model(content: bytes, origin: object) -> Any:
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """A model and every message in it, wherever it stands: no list of places can be out of date.
+    """Yield a model and every message in it, so that no list of places can go out of date.
 
-    Tensors hold no messages of these kinds, and looking into one copies its content.
+    Tensors hold no such messages, and looking into one would copy its content.
     """
     import onnx
 
@@ -58,7 +58,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def all_nodes(model: Any) -> list[Any]:
-    """Every node of a model, those of its functions' bodies and of subgraphs (If, Loop) included."""
+    """Return every node of a model, including those of function bodies and subgraphs (If, Loop)."""
     import onnx
 
     return [message for message in _messages(model) if isinstance(message, onnx.NodeProto)]

@@ -1,4 +1,4 @@
-"""Token order: a Hilbert curve over any grid, so that a run of consecutive tokens is a compact patch of the image."""
+"""Token order along a Hilbert curve, so that consecutive tokens form a compact region of the image."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 def hilbert_order(height: int, width: int) -> IntArray:
-    """Raster indices of a height x width grid in the order of a generalised Hilbert curve: int64 [height * width].
+    """Return the raster indices of a grid along a generalised Hilbert curve: int64 [height * width].
 
-    On a square whose side is a power of two every aligned run of 4^n tokens is a square. Other grids are cut in
-    halves or thirds along their longer side until one row is left, which keeps steps between neighbours short.
+    On a square whose side is a power of two, every aligned run of 4^n tokens is a square. Other grids are cut in halves
+    or thirds along their longer side until one row is left, which keeps steps between neighbours short.
     """
     across, down = complex(width, 0), complex(0, height)
     path = np.array(list(_curve(0, across, down) if width >= height else _curve(0, down, across)))
@@ -22,7 +22,7 @@ def hilbert_order(height: int, width: int) -> IntArray:
 
 
 def _curve(start: complex, long: complex, short: complex) -> Iterator[complex]:
-    """Points x + yi of the curve that fills the box spanned by `long` and `short` from `start`, ending along `long`."""
+    """Yield the points x + yi of the curve that fills the box spanned by `long` and `short`, ending along `long`."""
     length, breadth = abs(long), abs(short)
     along, aside = long / length, short / breadth
     if breadth == 1 or length == 1:

@@ -1,4 +1,4 @@
-"""What `evaluate` and `explain` find, as types: result files, and the arrays that a page shows."""
+"""Result types of `evaluate` and `explain`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,38 @@ from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.results import Quantity, Result
 from sparsifiner_edge.runtime.session import Runtime
 
-CLEAN, ALL = "clean", "all"
-"""Conditions beside the names of corruptions: none of them, and all together."""
-OURS, RANDOM, MOVED = "ours", "random", "moved"
-"""What is judged; and beside it what knows nothing of the image: patches in any order, and ours at another place."""
+CLEAN = "clean"
+"""Condition without corruption."""
+ALL = "all"
+"""Mean over all corruptions."""
+OURS = "ours"
+"""Explanation that is evaluated."""
+RANDOM = "random"
+"""Baseline: the patches in random order."""
+MOVED = "moved"
+"""Baseline: the explanation shifted to another place of the image."""
 STREAM = "stream"
-"""The way to answer a video's frames that is judged; others stand beside it."""
+"""Name of the stream among the ways to answer a video's frames."""
 ImageScores: TypeAlias = dict[str, dict[str, dict[str, list[float | None]]]]
-"""By score, condition and role, one value per image, null where it says nothing of one."""
+"""Score -> condition -> role -> one value per image; null if the score is undefined for an image."""
 
 
 class EvaluationMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model was compared with its teacher, or judged; runtime by role.
+    """Method of an evaluation.
 
     Attributes:
-        metric: as asked for; of a task its name. truth: what scores are held against, for people.
-        images: names. gallery, classes: what predicts classes learnt from, and their names in the order that labels
-            count. output, masks: of a task that is maps. higher_is_better, results: of a user's metric, by role.
-        corruptions, severity: of a `RobustnessResult`.
+        metric: Metric as requested; for a task its name.
+        truth: Reference of the scores, as text.
+        images: Names of the images.
+        runtime: Backend and precision that ran, by role.
+        gallery: Images that a class predictor was fitted on.
+        classes: Names of the classes in the order of the labels.
+        output: Output that holds the map, for dense maps.
+        masks: Folder of true masks, for dense maps.
+        higher_is_better: Direction of a user's metric.
+        results: Results of a user's metric by role.
+        corruptions: Names of the corruptions of a `RobustnessResult`.
+        severity: Severity of the corruptions.
     """
 
     metric: str
@@ -47,7 +61,7 @@ class EvaluationMethod(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Score(msgspec.Struct, frozen=True):
-    """Over images of which it says something: the mean with Student's t interval, and the least."""
+    """Mean over images with a Student's t interval, and the lowest value."""
 
     mean: Quantity
     least: float
@@ -55,12 +69,14 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class ScoresResult(Result, frozen=True):
-    """Of kind "evaluation"; samples: one value per image, by name, null where it says nothing of an image.
+    """Result of kind "evaluation"; samples hold one value per image by name, null where it is undefined.
 
-    "features_cosine" is of the class or pooled feature, "patches_cosine" the mean over patch tokens, of those that are
-    left where some are pruned. Of maps "error", "iou" and "auroc" hold the subject's against the teacher's. With masks,
-    classes, or a user's metric, "subject_x" and "teacher_x" hold each against what is true, and "lost_x" is by how much
-    the subject does worse; "x" of classes is "accuracy", 1 where the answer is right.
+    - "features_cosine": cosine of the class or pooled feature.
+    - "patches_cosine": mean over patch tokens; the remaining ones if some are pruned.
+    - "error", "iou", "auroc": map of the subject compared with the teacher's.
+    - "subject_x", "teacher_x": each model compared with the truth (masks, classes) or scored by a user's metric. For
+      classes "x" is "accuracy", 1 for a right answer.
+    - "drop_x": how much worse the subject is than the teacher.
     """
 
     method: EvaluationMethod
@@ -69,22 +85,22 @@ class ScoresResult(Result, frozen=True):
 
 
 class Stability(msgspec.Struct, frozen=True, kw_only=True):
-    """Means over images of one score under one condition, and what was lost to it; with Student's t intervals.
+    """Means over images of one score under one condition, and the drop from clean images, with Student's t intervals.
 
     Attributes:
-        extra_lost: the subject's loss less the teacher's.
+        extra_drop: Drop of the subject minus drop of the teacher.
     """
 
     subject: float
     teacher: float
-    subject_lost: Quantity
-    teacher_lost: Quantity
-    extra_lost: Quantity
+    subject_drop: Quantity
+    teacher_drop: Quantity
+    extra_drop: Quantity
     images: int
 
 
 class RobustnessResult(Result, frozen=True):
-    """Of kind "robustness"; statistics: by score and condition, of which the clean one loses nothing."""
+    """Result of kind "robustness"; statistics by score and condition. The clean condition has no drop."""
 
     method: EvaluationMethod
     samples: ImageScores
@@ -92,10 +108,11 @@ class RobustnessResult(Result, frozen=True):
 
 
 class StreamMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """What a stream followed, and how; of a fixed share there is no fidelity that it kept to.
+    """Method of a stream's evaluation. With a fixed share there is no target fidelity.
 
     Attributes:
-        frames: of the video. every: of so many one was compared.
+        frames: Number of frames of the video.
+        every: One of this many frames was compared.
     """
 
     video: str
@@ -108,18 +125,24 @@ class StreamMethod(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StreamResult(Result, frozen=True):
-    """Of kind "stream"; samples: by way to answer frames and score, one value a frame, of those that it says something
-    of; statistics: their means, by the same names, with "_least" the least and "ms_p99".
+    """Result of kind "stream".
 
-    "patches" is the mean cosine of a frame's patches to the dense model's of the same frame, "moving" that of the tenth
-    whose dense output differs most from the frame's before; "features" the cosine of a feature, and "x_iou" of a map x
-    the overlap of masks. "share" of the patches was computed, "oldest" is for how many frames one was not, "estimated"
-    what the stream itself thought to lose. "reached": share of the frames whose patches are at the fidelity asked for,
-    where one was; "patches_frames": how many frames patches are of: without an output of tokens none that the model
-    answered; "first_quarter" and "last_quarter" of the frames tell a drift.
+    Samples hold one value per frame, by way to answer frames and by score; statistics hold their means by the same
+    names, the lowest as "x_least", and "ms_p99". Scores:
+
+    - "patches": mean cosine of a frame's patches to the dense model's.
+    - "moving": the same for the tenth whose dense output differs most from the previous frame.
+    - "features": cosine of a feature.
+    - "x_iou": overlap of the masks of a map x.
+    - "share": share of the patches that was computed.
+    - "oldest": frames since the oldest patch was computed.
+    - "estimated": error that the stream itself estimated.
+    - "reached": share of the frames at the target fidelity, if there was one.
+    - "patches_frames": number of frames with patches; without an output of tokens, fallback frames have none.
+    - "first_quarter", "last_quarter": means over these frames, which show a drift.
 
     Attributes:
-        pictures: by title a JPEG in base64, bright where patches were computed.
+        pictures: JPEG in base64 by title, bright where patches were computed.
     """
 
     method: StreamMethod
@@ -129,10 +152,12 @@ class StreamResult(Result, frozen=True):
 
 
 class LayerSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer in figures.
+    """Figures of one layer.
 
     Attributes:
-        tokens: patches' tokens on entry. merged: that become one with another. keys: that each tile reads; None: all.
+        tokens: Patch tokens on entry.
+        merged: Tokens that merge with another.
+        keys: Keys that each tile reads; None for all.
     """
 
     layer: int
@@ -142,10 +167,11 @@ class LayerSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """An image in figures.
+    """Figures of one image.
 
     Attributes:
-        saco: by "ours", "random" and "moved". better: whether ours is above chance and both others.
+        saco: SaCo by "ours", "random" and "moved".
+        better: True if the SaCo of "ours" is above 0 and above both baselines.
     """
 
     image: str
@@ -155,10 +181,11 @@ class ImageSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExplainMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was explained.
+    """Method of an explanation.
 
     Attributes:
-        groups: of patches, for what is claimed. filled: what stands for patches that are taken away.
+        groups: Number of groups of patches in the test of the explanation.
+        filled: Content that replaces removed patches.
     """
 
     groups: int
@@ -168,7 +195,7 @@ class ExplainMethod(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExplainResult(Result, frozen=True):
-    """Of kind "explanation"; samples: by image and order, what the answer lost without each group, the first first."""
+    """Result of kind "explanation"; samples hold, by image and order, the drop without each group of patches."""
 
     method: ExplainMethod
     samples: dict[str, dict[str, list[float]]]
@@ -176,13 +203,13 @@ class ExplainResult(Result, frozen=True):
 
 
 class Explained(NamedTuple):
-    """An image for a page.
+    """Explanation of one image, for a page.
 
     Attributes:
-        merged: of each layer, the token that stands for each patch, in raster order [P].
-        read: of each layer, how many heads read each token, mean over tiles [N].
-        importance: of each patch how much the answer hangs on it [rows,columns], its sum is 1.
-        drops: see `samples` of the result.
+        merged: For each layer, the token that represents each patch, in raster order [P].
+        read: For each layer, how many heads read each token, mean over tiles [N].
+        importance: Importance of each patch for the answer [rows,columns]; its sum is 1.
+        drops: See `samples` of the result.
     """
 
     path: Path

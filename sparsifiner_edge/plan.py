@@ -1,4 +1,4 @@
-"""What each layer of a model does with its tokens: the one form in which every room reads a `SparsityConfig`."""
+"""Settings of each layer. All packages read a `SparsityConfig` in this form."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from sparsifiner_edge.config import Budget, Pairs, Share, SparsityConfig, require, share_of
 
-PATCHES_PER_MERGE, LEAST_PATCHES = 4, 16
-"""One patch in this many may merge in a layer, and this many must remain after the last."""
+PATCHES_PER_MERGE = 4
+"""A layer may merge at most one in this many of the patches that it sees."""
+LEAST_PATCHES = 16
+"""Minimum number of patches that must remain after every layer if patches merge."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +18,9 @@ class LayerPlan:
     """Settings by layer.
 
     Attributes:
-        merge: pairs of patch tokens that become one. keep: shares of the keys that are read; 1 is dense.
-        token_keep: shares of the patch tokens that are not pruned; empty: nothing is.
+        merge: Number of patch token pairs that merge.
+        keep: Share of the keys that are read; 1 is dense.
+        token_keep: Share of the patch tokens that are not pruned; empty if nothing is pruned.
     """
 
     merge: tuple[Pairs, ...]
@@ -26,12 +29,12 @@ class LayerPlan:
 
     @classmethod
     def dense(cls, depth: int) -> LayerPlan:
-        """The model as it is."""
+        """Return the plan of the dense model."""
         return cls((0,) * depth, (1.0,) * depth)
 
     @property
     def is_dense(self) -> bool:
-        """Nothing merges or is pruned, and all keys are read."""
+        """True if nothing merges or is pruned and all keys are read."""
         return not any(self.merge) and not self.token_keep and all(share == 1 for share in self.keep)
 
     @property
@@ -41,12 +44,13 @@ class LayerPlan:
 
     @property
     def short_keep(self) -> tuple[float, ...]:
-        """Shares without the last ones that are the same."""
+        """Shares without repetitions at the end."""
         return shortest(self.keep)
 
     def tokens(self, patches: int) -> list[int]:
-        """Of an image's patches, how many tokens each layer's attention sees, and as the last entry how many leave the
-        last layer.
+        """Return the number of patch tokens that each layer's attention sees.
+
+        The last entry is the number after the last layer.
         """
         counts = [patches]
         for rate, share in zip(self.merge, self.token_keep or (1.0,) * len(self.merge), strict=True):
@@ -55,16 +59,16 @@ class LayerPlan:
 
     @property
     def budget(self) -> Budget:
-        """A student's that merges and reads by this plan."""
+        """Budget that gives a sparse model this plan."""
         return Budget(keep=self.short_keep, merge=self.merge)
 
     def config(self, base: SparsityConfig) -> SparsityConfig:
-        """A student's config that merges and reads by this plan."""
+        """Return settings with the merges and shares of this plan."""
         return dataclasses.replace(base, merge=self.merge, keep=self.short_keep)
 
 
 def shortest(keep: Sequence[float]) -> tuple[float, ...]:
-    """Shares without the last ones that are the same: the last one goes on."""
+    """Return shares without repetitions at the end: the last share applies to all remaining layers."""
     end = len(keep)
     while end > 1 and keep[end - 1] == keep[end - 2]:
         end -= 1
@@ -72,12 +76,13 @@ def shortest(keep: Sequence[float]) -> tuple[float, ...]:
 
 
 def plan_of(sparsity: SparsityConfig, depth: int, patches: int) -> LayerPlan:
-    """What a config means for a model of `depth` layers: a layer merges what its rate says, but at most a
-    quarter of the patches that it sees.
+    """Return the plan of a config for a model of `depth` layers.
+
+    A layer merges its rate, but at most a quarter of the patches that it sees.
 
     Raises:
-        ConfigError: it gives more shares than there are layers, or other rates, or names a layer that does not exist;
-            or a layer would leave fewer than `LEAST_PATCHES`.
+        ConfigError: There are more shares than layers, the number of merge rates does not fit, a layer does not exist,
+            or a layer would leave fewer than `LEAST_PATCHES` patches.
     """
     shares = dict(sparsity.token_keep)
     last = max(shares, default=0)
@@ -101,13 +106,13 @@ def _shares(sparsity: SparsityConfig, depth: int) -> tuple[float, ...]:
     require(
         len(shares) <= depth,
         f"keep has {len(shares)} shares: the model has {depth} layers.",
-        f"Give {depth} at most; the last goes on to the layers that are left.",
+        f"Give {depth} at most; the last share applies to all remaining layers.",
     )
     return tuple(float(shares[min(layer, len(shares) - 1)]) for layer in range(depth))
 
 
 def _rates(merge: tuple[int, ...], depth: int) -> list[int]:
-    """Pairs that each layer merges, of one rate, of the first and the last, or of each layer's."""
+    """Return the number of pairs that each layer merges."""
     if len(merge) == 2:
         first, last = merge
         return [round(first + (last - first) * layer / max(depth - 1, 1)) for layer in range(depth)]
@@ -120,5 +125,5 @@ def _rates(merge: tuple[int, ...], depth: int) -> list[int]:
 
 
 def falling(rate: float, patches: int, depth: int) -> LayerPlan:
-    """Merging `rate` patches in the first layer, evenly fewer in each one after it, none in the last."""
+    """Return a plan that merges `rate` patches in the first layer, linearly fewer later, and none in the last."""
     return plan_of(SparsityConfig(keep=1.0, merge=(max(1, round(rate)), 0)), depth, patches)

@@ -1,4 +1,4 @@
-"""Code that others add: by the entry points of installed packages, or as "package.module:object"."""
+"""Plugins: entry points of installed packages, or "package.module:object"."""
 
 from __future__ import annotations
 
@@ -15,26 +15,30 @@ from sparsifiner_edge.text import nearest, one_line
 
 Kind = TypeVar("Kind")
 NAME_IT = "Name it as module:function in the folder of its file, or install its package."
+"""Advice for a plugin that cannot be found."""
 
 
 def plugins(group: str) -> dict[str, EntryPoint]:
-    """What installed packages name in a group of entry points; none of it is imported."""
+    """Return the entry points of a group by name, without importing them."""
     return {point.name: point for point in entry_points(group=group)}
 
 
 def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerError] = ConfigError) -> Any:
-    """The object that an entry point stands for, or "package.module:object" does. The latter is looked for in the
-    current folder too, behind all that is installed: no file there takes a library's place.
+    """Import the object of an entry point or of "package.module:object".
+
+    The latter is also searched in the current folder, after all installed packages, so that no file there can replace a
+    library.
 
     Raises:
-        SparsifinerError: `error`: it cannot be imported, for any reason: it is others' code; `fix`: if none is there.
+        SparsifinerError: `error`, with `fix` if the module or object does not exist; importing it may fail in any way,
+            because it is third-party code.
     """
     here, (module, _, name) = "", (place.value if isinstance(place, EntryPoint) else place).partition(":")
     try:
         if isinstance(place, EntryPoint):
             module, name = place.module, place.attr or ""
         else:
-            with contextlib.suppress(OSError):  # The current folder may be deleted.
+            with contextlib.suppress(OSError):  # The current folder may have been deleted.
                 here = str(Path.cwd())
             if here and here not in sys.path and not getattr(sys.flags, "safe_path", False):
                 sys.path.append(here)
@@ -42,10 +46,10 @@ def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerErro
     except Exception as cause:
         if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
             hint = nearest(module, (path.stem for path in Path(here).glob("*"))) if here else ""
-            what = f"There is no module {module!r}, looked for from {here or 'a package'}."
+            what = f"There is no module {module!r} in {here or 'the installed packages'}."
             raise error(what, f"{hint} {fix}".strip()) from cause
         what = f"{module} cannot be imported: {type(cause).__name__}: {one_line(cause)}."
-        raise error(what, "Mend it, or install what it needs.") from cause
+        raise error(what, "Fix it, or install the packages that it needs.") from cause
     try:
         return functools.reduce(getattr, filter(None, name.split(".")), imported)
     except AttributeError as cause:
@@ -54,12 +58,14 @@ def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerErro
 
 
 def subclass(base: type[Kind], point: EntryPoint, error: type[SparsifinerError]) -> type[Kind]:
-    """The class of this base that an entry point stands for.
+    """Import the class of an entry point that extends `base`.
 
     Raises:
-        SparsifinerError: `error`: it cannot be imported, or is none.
+        SparsifinerError: `error`: it cannot be imported, or does not extend `base`.
     """
     kind = import_object(point, f"Reinstall {point.name}.", error)
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise error(f"{point.value} is no class of {base.__name__}.", f"Report it to the authors of {point.name}.")
+        raise error(
+            f"{point.value} is not a subclass of {base.__name__}.", f"Report it to the authors of {point.name}."
+        )
     return kind

@@ -1,8 +1,8 @@
-"""How this package starts other processes: one way for Python of its own, one for programs.
+"""Child processes: Python modules of this package, and other programs.
 
-All of them end when the process that started them does, whatever way that goes: the kernel sees to it, so that one that
-hangs in native code ends as well. Python is started so that no file of the working directory is ever imported, without
-telemetry, and without core files.
+A child ends when the process that started it ends, for whatever reason. The kernel enforces this, so a child that hangs
+in native code ends as well. Python children never import files of the working directory, send no telemetry and write no
+core files.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from sparsifiner_edge.quiet import NO_TELEMETRY
 
 _SOURCE = str(Path(__file__).resolve().parents[1])
 _MOST_FILES = 4096
+"""Maximum number of open files of a Python child."""
 _LENGTH = struct.Struct("<I")
+"""Prefix of a message: its length in bytes."""
 _PR_SET_PDEATHSIG = 1
-# Before anything is imported but what is built in: `-c` puts the working directory first, and an empty entry of
-# PYTHONPATH means it too. Where this package runs from its source folder that comes last.
+# Removes the working directory from the import path before anything that is not built in is imported: `-c` puts it
+# first, and an empty entry of PYTHONPATH means it too. The source folder of this package comes last.
 _BOOT = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; "
     "sys.path.append(sys.argv[3]) if sys.argv[3] not in sys.path else None; "
     "from sparsifiner_edge.process import _serve; _serve(sys.argv[1], int(sys.argv[2]))"
 )
-
-# Signals that Python ignores would stay ignored in the program.
+# Sets the parent-death signal (prctl 1, signal 9) and ends if the parent has already ended. Python ignores SIGPIPE and
+# SIGXFSZ; without the reset, the program would ignore them too.
 _BECOME = (
     "import ctypes, os, sys, _signal; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); "
     "os.getppid() == int(sys.argv[1]) or os._exit(1); "
@@ -49,50 +51,50 @@ _BECOME = (
 
 
 def start_python(module: str, environment: Mapping[str, str] | None = None, **pipes: Any) -> subprocess.Popen[bytes]:
-    """`python -m module`, as a session of its own: Ctrl-C reaches only its parent, which then ends it.
+    """Start `python -m module` in its own session: Ctrl-C reaches only the parent, which then ends it.
 
     Args:
-        module: one of this package's.
-        environment: variables on top of this process's own.
+        module: Module of this package.
+        environment: Variables on top of this process's own.
         pipes: `stdin`, `stdout`, `stderr`, `cwd` of `subprocess.Popen`.
 
     Raises:
-        OSError: the system refuses.
+        OSError: The system refuses.
     """
     command = [sys.executable, "-c", _BOOT, module, str(os.getpid()), _SOURCE]
     return subprocess.Popen(command, env=_environment(environment), start_new_session=True, **pipes)
 
 
 def start_program(command: Sequence[str], **pipes: Any) -> subprocess.Popen[bytes]:
-    """A program that is not Python, in the session and the folder of this process.
+    """Start a program that is not Python, in the session and folder of this process.
 
     Python starts first, without site packages, and execs the program, which inherits the parent-death signal. (Code
     between fork and exec, which `subprocess` offers, is not safe with threads.)
 
     Args:
-        command: program and arguments; no shell reads them.
-        pipes: as `start_python`, and `pass_fds`.
+        command: Program and arguments; no shell reads them.
+        pipes: As for `start_python`, and `pass_fds`.
 
     Raises:
-        OSError: the system refuses, or there is no such program.
+        OSError: The system refuses, or there is no such program.
     """
     program = shutil.which(command[0])
     if program is None:
         reason = errno.EACCES if Path(command[0]).exists() else errno.ENOENT
-        raise OSError(reason, os.strerror(reason), command[0])  # Of the class that belongs to the reason.
+        raise OSError(reason, os.strerror(reason), command[0])  # Python picks the class by the reason.
     line = [sys.executable, "-I", "-S", "-c", _BECOME, str(os.getpid()), program, *command[1:]]
     return subprocess.Popen(line, env=_environment(None), **pipes)
 
 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
     variables = {**NO_TELEMETRY, **os.environ, **(more or {})}
-    if "PYTHONPATH" in variables:  # Empty and relative entries would be the working directory's.
+    if "PYTHONPATH" in variables:  # Empty and relative entries would mean the working directory.
         variables["PYTHONPATH"] = os.pathsep.join(filter(os.path.isabs, variables["PYTHONPATH"].split(os.pathsep)))
     return variables
 
 
 def _serve(module: str, parent: int) -> None:
-    """The new process's first call."""
+    """Run the module in the new process."""
     end_with_parent(parent)
     limit_resource(resource.RLIMIT_CORE, 0)
     limit_resource(resource.RLIMIT_NOFILE, _MOST_FILES)
@@ -101,28 +103,28 @@ def _serve(module: str, parent: int) -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Let the kernel end this process as soon as the thread that started it ends."""
+    """Make the kernel end this process as soon as the thread that started it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:  # It has ended already.
+    if os.getppid() != parent:  # The parent has already ended.
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def limit_resource(kind: int, most: int) -> None:
-    """Limit a resource (`resource.RLIMIT_...`) for this process and all that it starts."""
+    """Limit a resource (`resource.RLIMIT_...`) for this process and its children."""
     hard = resource.getrlimit(kind)[1]
     value = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(kind, (value, value))
 
 
 class StalledError(Exception):
-    """Nothing came within the time allowed."""
+    """Nothing arrived within the time allowed."""
 
 
 def write_message(handle: int, content: bytes) -> None:
     """Write one message to a pipe or socket; waits while the reader is busy.
 
     Raises:
-        OSError: the other side is gone.
+        OSError: The other side is gone.
     """
     data = memoryview(_LENGTH.pack(len(content)) + content)
     while data:
@@ -133,12 +135,14 @@ def read_message(handle: int, deadline: float | None, most: int) -> bytearray | 
     """Read one message; None at the end of the stream.
 
     Args:
-        deadline: by `time.monotonic`; None: as long as it takes. most: bytes that it may have.
+        handle: File descriptor.
+        deadline: Time by `time.monotonic`; None waits without limit.
+        most: Maximum size in bytes.
 
     Raises:
-        StalledError: it did not come whole in time.
-        ValueError: it is longer.
-        OSError: the other side is gone.
+        StalledError: The message was not complete in time.
+        ValueError: It is too long.
+        OSError: The other side is gone.
     """
     prefix = _receive(handle, _LENGTH.size, deadline)
     if prefix is None:
@@ -150,7 +154,7 @@ def read_message(handle: int, deadline: float | None, most: int) -> bytearray | 
 
 
 def _receive(handle: int, count: int, deadline: float | None) -> bytearray | None:
-    """`count` bytes; None at the end of the stream. See `read_message`."""
+    """Read `count` bytes; None at the end of the stream. See `read_message`."""
     data = bytearray(count)
     view, poll = memoryview(data), select.poll()
     poll.register(handle, select.POLLIN)
@@ -167,8 +171,9 @@ def _receive(handle: int, count: int, deadline: float | None) -> bytearray | Non
 
 @contextlib.contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, once; after that they do what they did before. Only the main thread hears
-    them: in another the event stays as it is.
+    """Yield an event that the first SIGTERM or SIGINT sets; later signals act as before.
+
+    Only the main thread receives signals: in another thread the event is never set.
     """
     requested = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()

@@ -1,7 +1,7 @@
-"""The result file: what was measured, on what, with which machine and software, every raw sample, and the statistics.
+"""The result file: what was measured, on which machine and software, every raw sample, and the statistics.
 
-It is one JSON object with the fields of `Result`. Units stand in the names of fields (`latency_ms`).
-A value that could not be found says why (`records.Unavailable`); it is never null.
+It is one JSON object with the fields of `Result`. Names of fields contain units (`latency_ms`). A value that could not
+be determined gives the reason (`records.Unavailable`); it is never null.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from sparsifiner_edge.machine import Environment, Machine, environment, machine
 from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.text import dump_json
 
-RESULT_SCHEMA = 2
+RESULT_SCHEMA = 3
+"""Version of the format of result files."""
 Kind = Literal[
     "profile",
     "evaluation",
@@ -37,12 +38,13 @@ Kind = Literal[
     "pace",
 ]
 MEASURE_AGAIN = "Measure again: sparsifiner-edge profile, evaluate, explain, estimate or optimize, with -o."
+"""Fix for a result file that cannot be used."""
 _Time = Annotated[str, Meta(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9]{2}Z\Z")]
-"""In UTC, such as 2025-01-31T12:00:00Z."""
+"""Time in UTC, such as 2025-01-31T12:00:00Z."""
 
 
 class Quantity(msgspec.Struct, frozen=True):
-    """A value with its interval, and how that was found; in the unit of the field that holds it."""
+    """Value with its interval and the method of the interval, in the unit of the field that holds it."""
 
     value: float
     low: float | Unavailable
@@ -51,18 +53,20 @@ class Quantity(msgspec.Struct, frozen=True):
     interval: str
 
     def times(self, factor: float) -> Quantity:
-        """In another unit."""
+        """Return the quantity multiplied by a factor, as for another unit."""
         low, high = (bound * factor if isinstance(bound, float) else bound for bound in (self.low, self.high))
         return Quantity(self.value * factor, low, high, self.confidence, self.interval)
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured.
+    """Subject of a measurement.
 
     Attributes:
-        path: as given. sha256: of the file, or of a bundle's manifest. kind: "bundle" or another artifact's.
         role: "subject", "against" or "teacher".
-        to_float32: of an int8 bundle, cosine to its own file in float32, as export measured it.
+        kind: "bundle" or another artifact.
+        path: Path as given.
+        sha256: Hash of the file, or of a bundle's manifest.
+        to_float32: For an int8 bundle, its cosine to the float32 file, as export measured it.
     """
 
     role: str | None = None
@@ -78,19 +82,21 @@ def _now() -> str:
 
 
 def command_line() -> list[str]:
-    """What was typed: the program by its place below the working directory, or by its name."""
+    """Return the command that was typed, with the program's path relative to the working directory or its name."""
     program = os.path.relpath(sys.argv[0])
     return [Path(program).name if program.startswith("..") else program, *sys.argv[1:]]
 
 
 class Result(msgspec.Struct, frozen=True):
-    """A result; each kind declares what `method`, `samples` and `statistics` hold, where this class takes any object.
+    """Result of a measurement; each kind declares the types of `method`, `samples` and `statistics`.
 
     Attributes:
-        subjects: what was measured. A comparison's first subject is the one judged.
-        method: how, in enough detail to do it again.
-        samples: every raw sample. statistics: values derived from them, with their intervals.
-        created: UTC. command: what was typed.
+        subjects: Measured artifacts. The first one of a comparison is the one that is evaluated.
+        method: Method of the measurement, in enough detail to repeat it.
+        samples: Every raw sample.
+        statistics: Values derived from the samples, with their intervals.
+        created: Time in UTC.
+        command: Command that was typed.
     """
 
     kind: Kind
@@ -109,10 +115,10 @@ Form = TypeVar("Form", bound=Result)
 
 
 def check_result(content: dict[str, Any], origin: object, form: type[Form]) -> Form:
-    """A result's JSON as a record.
+    """Convert the JSON of a result to a record.
 
     Raises:
-        ArtifactError: names the first field that is missing, mistyped, null, NaN or infinite; or it is nested deeply.
+        ArtifactError: A field is missing, mistyped, null, NaN or infinite, or too deeply nested; the message names it.
     """
     for name in Result.__struct_fields__:
         if name not in content:
@@ -120,7 +126,7 @@ def check_result(content: dict[str, Any], origin: object, form: type[Form]) -> F
     for name in ("method", "samples", "statistics"):
         if not isinstance(content[name], dict):
             _refuse(origin, f"{name} is {content[name]!r:.60}, not dict")
-    # A score may say nothing of an image, as AUROC where no object is.
+    # A score may be undefined for an image, such as AUROC without an object.
     scored = content["kind"] in ("evaluation", "robustness")
     defect = flaw({**content, "samples": {}}, nulls=False) or flaw({"samples": content["samples"]}, nulls=scored)
     if defect is not None:
@@ -133,10 +139,10 @@ def _refuse(origin: object, problem: str) -> NoReturn:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Write a result whole or not at all.
+    """Write a result completely or not at all.
 
     Raises:
-        ArtifactError: it does not fit the schema, holds NaN or infinity, or the disk refuses.
+        ArtifactError: The result does not fit the schema, holds NaN or infinity, or cannot be written.
     """
     try:
         content = write_record(result)
@@ -151,11 +157,12 @@ def read_result(path: Path, form: type[Form] = Result) -> Form:  # type: ignore[
     """Read and check a result.
 
     Args:
-        path: a file of `write_result`.
-        form: `Result` checks the head, and takes the rest as it is: a file may be of a
-            benchmark. The class of a kind checks all of it.
+        path: File that `write_result` wrote.
+        form: Record to return. `Result` checks only the common fields, as for benchmarks. The class of a kind checks
+            all fields.
 
     Raises:
-        ArtifactError: missing, not a regular file, not JSON, of another version, or see `check_result`.
+        ArtifactError: The file is missing, not a regular file, not JSON or of another version, or `check_result`
+            refuses it.
     """
     return check_result(read_json(path, RESULT_SCHEMA, MEASURE_AGAIN), path, form)

@@ -1,7 +1,7 @@
-"""Showing untrusted text: names of files, labels, keys and messages, in terminals, JSON and configurations.
+"""Safe display of untrusted text: file names, labels, keys and messages, in terminals, JSON and configurations.
 
-A name may hold escape sequences that rewrite a terminal, characters that reverse the direction of what follows, line
-breaks that fake a line, or bytes that are no text. `printable` makes all of that visible and harmless.
+A name may hold escape sequences that rewrite a terminal, characters that reverse the text direction, line breaks that
+fake a line, or bytes that are not text. `printable` makes all of these visible and harmless.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _SHORT = 300
+"""Default maximum number of characters of `printable`."""
 _FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {
     chr(code)
     for first, last in ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
     for code in range(first, last + 1)
 }
-"""Printable by their category, yet invisible: fillers and variation selectors."""
+"""Characters that count as printable and are invisible: fillers and variation selectors."""
 
 
 def _is_hidden(character: str) -> bool:
-    """Controls, directions and other formats, separators but two spaces, halves of characters, private use."""
+    """Return True for control and format characters, unusual separators, surrogates and private use."""
     return character in _FILLERS or not (character.isprintable() or character == "\u3000")
 
 
 def _map_hidden(text: str, escape: Callable[[str], str]) -> str:
-    """The text with an escape in the place of each hidden character."""
+    """Replace each hidden character by an escape."""
     hidden = {ord(character): escape(character) for character in set(text) if _is_hidden(character)}
     return text.translate(hidden) if hidden else text
 
 
 def printable(text: object, most: int = _SHORT) -> str:
-    r"""Text in one line that is safe to display: hidden characters become escapes such as \x1b.
+    r"""Return text in one line that is safe to display: hidden characters become escapes such as \x1b.
 
     Args:
-        text: anything; its `str`.
-        most: characters; what is longer is cut in the middle.
+        text: Anything; its `str` is shown.
+        most: Maximum number of characters; longer text is cut in the middle.
     """
     plain = _map_hidden(str(text), _escape)
     if len(plain) <= most:
@@ -54,40 +55,41 @@ def _escape(character: str) -> str:
 
 
 def one_line(error: object, most: int = 500) -> str:
-    """What a library's error says, in one line; its class where it says nothing."""
+    """Return a library's error message in one line, or its class if it has none."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "Did you mean ..?" of the known names that are like one; empty if none is."""
-    import difflib  # Milliseconds, for errors alone.
+    """Return "Did you mean ..?" with the most similar known names; empty if there is none."""
+    import difflib  # Takes milliseconds, needed only for errors.
 
     close = difflib.get_close_matches(name, list(known))
     return f"Did you mean {', '.join(close)}?" if close else ""
 
 
 def file_name(text: str) -> str:
-    """A name for a file or folder that we write, after something of others: letters, digits, points, underscores and
-    hyphens alone, beginning with a letter or digit.
+    """Return a safe name for a file or folder.
+
+    It has only letters, digits, dots, underscores and hyphens, and starts with a letter or digit.
     """
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")[:100] or "model"
 
 
 def dump_json(content: Any, indent: int | None = 2) -> str:
-    r"""JSON text of every file and line that we write, with a line break at its end.
+    r"""Return content as JSON text with a line break at its end; every file and line is written this way.
 
-    Letters of all languages stay as they are; hidden characters are escaped (\u009b).
+    Letters of all languages stay as they are. Hidden characters are escaped, such as \u009b.
 
     Raises:
-        ValueError: NaN or infinity, which JSON lacks; see `finite`.
+        ValueError: The content has NaN or infinity, which JSON lacks; see `finite`.
     """
     text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
-    # Outside of strings JSON's text holds no hidden character but its own line breaks.
+    # Outside of strings, JSON text has no hidden characters except its own line breaks.
     return "\n".join(_map_hidden(line, lambda x: json.dumps(x)[1:-1]) for line in text.split("\n")) + "\n"
 
 
 def finite(content: Any) -> tuple[Any, int]:
-    """The same content with None for every NaN and infinity, and how many there were."""
+    """Return the content with None for every NaN and infinity, and their number."""
     if isinstance(content, float):
         return (content, 0) if math.isfinite(content) else (None, 1)
     if isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""The command line as tests call it: in a process of its own, or in this one where a process would tell no more."""
+"""Helpers that run the command line in a separate process or, where that is sufficient, in this one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sparsifiner_edge.cli.main import main
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """What a bundle whose hashes match has in its manifest, as JSON."""
+    """Return the `manifest.json` of a bundle whose hashes match."""
     open_bundle(folder)
     return dict(json.loads((folder / BUNDLE_FILE).read_text(encoding="utf-8")))
 
 
 PROGRESS = re.compile(r"^[^\n]+: (\d+%, )?\d:\d\d:\d\d(, \d:\d\d:\d\d left)?\n", re.MULTILINE)
-"""What a command says every ten seconds, which on a busy machine one of any length may take."""
+"""Progress line that a command prints every ten seconds; on a busy machine, any command may print one."""
 PROGRAM = [sys.executable, "-m", "sparsifiner_edge"]
 
 
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
 
 def process(*arguments: Any, **options: Any) -> Outcome:
     """Run the command line in a process of its own."""
-    # One thread: on a busy machine those of torch wait for one another longer than the small models take.
+    # One thread: on a busy machine, torch's threads wait for each other longer than these small models take.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
     done = subprocess.run(
         [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, **options
@@ -50,7 +50,7 @@ def process(*arguments: Any, **options: Any) -> Outcome:
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    """The command line, called in this process, takes signals and lost exceptions over, and ignores them at its end."""
+    """Restore signal handlers and exception hooks, which the command line replaces when it runs in this process."""
     hook = sys.unraisablehook
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -73,7 +73,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Outcome:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> Any:
-    """Until something has happened, however busy the machine is; what `condition` then gives."""
+    """Poll until `condition` returns a true value, then return that value."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen"
@@ -82,7 +82,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> Any:
 
 
 def ended(pid: int) -> bool:
-    """Whether a process is gone, or waits for its parent to notice."""
+    """Return True if a process has exited, or is a zombie that its parent has not reaped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -90,7 +90,7 @@ def ended(pid: int) -> bool:
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str | None]:
-    """Everything below a folder, hidden entries too: contents of files, targets of links, None for folders."""
+    """Return everything below a folder, hidden entries included: file contents, link targets, None for folders."""
     return {
         str(p.relative_to(folder)): str(p.readlink()) if p.is_symlink() else p.read_bytes() if p.is_file() else None
         for p in sorted(folder.rglob("*"))
@@ -98,13 +98,13 @@ def snapshot(folder: Path) -> dict[str, bytes | str | None]:
 
 
 def assert_refused(outcome: Outcome, *texts: str, out: str = "") -> None:
-    """Exit code 2, nothing but a message with `texts` and with what to do, and that on standard error."""
+    """Assert exit code 2 and an error message on standard error alone that contains `texts` and a remedy."""
     assert outcome.code == 2, outcome
     assert outcome.out == out
     assert "Traceback" not in outcome.err
     for text in texts:
         assert text in " ".join(outcome.err.split()), outcome.err
     message = PROGRESS.sub("", outcome.err).strip().splitlines()
-    # Ours say what to do on a second line; click's name the option and end with what it takes.
+    # Our messages give the remedy on a second line; click's name the option and end with the accepted values.
     assert message[0].startswith("error: ") or message[0].startswith("Usage: ")
     assert len(message) >= 2, outcome.err

@@ -1,4 +1,4 @@
-"""What several test files share: weights, images, a student and a bundle of the smallest timm model, made once."""
+"""Fixtures shared by the tests: weights, images, a sparse model and a bundle of the smallest timm model, made once."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from tests.made import draw_classes, draw_pictures, make_keys, save_weights
 from tests.once import WORKER, Once, make_once
 
 if WORKER:
-    # As many processes as cores run tests already; threads beside them only wait for each other.
+    # One test process runs per core. More threads would only compete for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# torch and the like are imported where they are used: some tests run without them.
+# Heavy packages such as torch are imported where they are used: some tests run without them.
 
-# A shell starts programs in the background deaf to Ctrl-C, and what they start inherits that.
+# A shell starts background programs with SIGINT ignored, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each process gets a part of the list and runs it in its order: long ones lead every part, so that none is left
-    for the end.
+    """Put long tests first in the share of each worker.
+
+    Each worker runs a contiguous part of the list in order, so a long test at the end would delay the whole run.
     """
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     long = [item for item in items if item.get_closest_marker("long")]
@@ -44,10 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def handlers_restored() -> Iterator[None]:
-    """The command line, called in this process, takes signals and lost exceptions over."""
-    from tests.commands import handlers_kept  # after the number of threads is set
+    """Restore signal handlers and exception hooks, which the command line replaces when it runs in this process."""
+    from tests.commands import handlers_kept  # imported after the number of threads is set
 
-    # What a test starts inherits what is ignored, and never ends when it is told to.
+    # Child processes inherit ignored signals, and would then not stop on Ctrl-C.
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a fixture left Ctrl-C to something else"
     with handlers_kept():
         yield
@@ -55,14 +56,14 @@ def handlers_restored() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is measured on a machine busy with tests is not what its user shall find in the cache."""
+    """Use a separate cache: measurements on a machine busy with tests must not enter the user's cache."""
     base = tmp_path_factory.getbasetemp()
     os.environ["XDG_CACHE_HOME"] = str((base.parent if WORKER else base) / "cache")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def warm_briefly() -> Iterator[None]:
-    """Beside other tests no latency settles, and waiting the longest for it would show nothing."""
+    """Shorten the warm-up: next to other tests no latency settles, so the maximum would always be reached."""
     from sparsifiner_edge.profiles.measure import side
 
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +73,7 @@ def warm_briefly() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def exporter_ready() -> Iterator[None]:
-    """torch's exporter lists all operators that it knows anew for every export: longer than a small model takes it."""
+    """Cache the operator list of torch's exporter: building it for every export takes longer than a small model."""
     if "torch" not in sys.modules:
         yield
         return
@@ -92,25 +93,25 @@ def exporter_ready() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """Makes a folder once per run; what is in it is only read."""
+    """Return a function that makes a folder once per run. The contents are read-only."""
     return make_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def tiny_weights(once: Once) -> Path:
-    """A classifier of 10 classes."""
+    """Weights of a classifier with 10 classes."""
     return once("weights", lambda folder: save_weights(folder / "w.safetensors", 10)) / "w.safetensors"
 
 
 @pytest.fixture(scope="session")
 def feature_weights(once: Once) -> Path:
-    """The same without classifier."""
+    """Weights of the same model without a classifier."""
     return once("features", lambda folder: save_weights(folder / "w.safetensors", 0)) / "w.safetensors"
 
 
 @pytest.fixture(scope="session")
 def pictures(once: Once) -> Path:
-    """A folder of three small images."""
+    """Folder of three small images."""
     return once("pictures", draw_pictures)
 
 
@@ -119,7 +120,10 @@ def tiny_student(once: Once, tiny_weights: Path) -> Path:
     from sparsifiner_edge.sparse.student import sparsify
     from tests.models import TINY
 
-    return once("student", lambda folder: sparsify(TINY, folder / "student", weights=tiny_weights, cells=4)) / "student"
+    return (
+        once("student", lambda folder: sparsify(TINY, folder / "student", weights=tiny_weights, background_tokens=4))
+        / "student"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +135,7 @@ def tiny_bundle(once: Once, tiny_student: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def stream_bundle(once: Once, tiny_student: Path) -> Path:
-    """The same with what follows a camera."""
+    """The same bundle with streaming inference."""
     from tests.flat import export_bundle
 
     return once("stream", lambda folder: export_bundle(tiny_student, folder / "bundle", stream=True)) / "bundle"
@@ -139,7 +143,7 @@ def stream_bundle(once: Once, tiny_student: Path) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A bundle of two products, for a test of its own."""
+    """A bundle of two MatMuls that a test may change."""
     from tests.tiny import make_bundle
 
     return make_bundle(tmp_path / "tiny")
@@ -147,8 +151,9 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(once: Once) -> Path:
-    """`student`, sparse in all layers, with its `bundle`; its teacher's `weights.safetensors`, with theirs, `dense`.
-    Both bundles give tokens.
+    """Folder of a sparse `student` and its `bundle`, and of dense `weights.safetensors` with their bundle `dense`.
+
+    Both bundles output tokens.
     """
     from sparsifiner_edge.sparse.student import save_student
     from tests.flat import export_bundle
@@ -165,11 +170,11 @@ def exported(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def folder(once: Once) -> Path:
-    """Twelve smooth images in two classes."""
+    """Folder of twelve smooth images in two classes."""
     return once("training", draw_classes)
 
 
 @pytest.fixture(scope="session")
 def keys(once: Once) -> Path:
-    """key.pem, key.pub, other.pem, other.pub."""
+    """Folder with key.pem, key.pub, other.pem and other.pub."""
     return once("keys", make_keys)

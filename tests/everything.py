@@ -1,4 +1,4 @@
-"""Which cases of a test run wherever the package is installed, and which in `make everything` alone."""
+"""Selection of the test cases that run only in `make everything`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def first(values: Iterable[Any], here: int = 1) -> list[Any]:
-    """Values for `parametrize`: the first of them run in `make test`, all in `make everything`."""
+    """Return values for `parametrize`: `make test` runs the first of them, `make everything` runs all."""
     return [value if number < here else _marked(value) for number, value in enumerate(values)]
 
 

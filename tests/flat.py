@@ -1,4 +1,4 @@
-"""Public functions with their options flat, as the command line has them; see `cli.common.group`."""
+"""Public functions with flat keyword options, as on the command line; see `cli.common.group`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What tests are made from, each made once: as fixtures in `conftest.py`, and as good examples of `fuzz`.
+"""Test data, each made once: used as fixtures in `conftest.py` and as valid inputs by `tests.fuzz`.
 
-What is heavy is imported where it is used: some tests run without it.
+Heavy packages are imported where they are used: some tests run without them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SHORT = (
     "ema=0.9",
     'budgets=[{keep="0.1"},{keep="0.2"}]',
 )
-"""Overrides of a training of a second."""
+"""Configuration overrides for a training of about one second."""
 SHORT_OPTIONS = " ".join(f"--set {override}" for override in SHORT)
 
 
 def draw_pictures(folder: Path) -> None:
-    """Three small images: picture0.png and so on."""
+    """Write three small images: picture0.png and so on."""
     import numpy as np
     from PIL import Image
 
@@ -39,7 +39,7 @@ def draw_pictures(folder: Path) -> None:
 
 
 def draw_classes(folder: Path) -> None:
-    """Twelve smooth images in two classes."""
+    """Write twelve smooth images in two classes."""
     import numpy as np
     from PIL import Image
 
@@ -51,7 +51,7 @@ def draw_classes(folder: Path) -> None:
 
 
 def save_weights(path: Path, classes: int) -> None:
-    """Of the smallest model of timm; 0 classes: without classifier."""
+    """Save the weights of timm's smallest model; 0 classes: without classifier."""
     import safetensors.torch
 
     from tests.models import vit
@@ -60,7 +60,7 @@ def save_weights(path: Path, classes: int) -> None:
 
 
 def make_keys(folder: Path) -> None:
-    """key.pem, key.pub, other.pem, other.pub."""
+    """Write key.pem, key.pub, other.pem and other.pub."""
     from sparsifiner_edge.bundle.sign import generate_key
 
     for name in ("key", "other"):
@@ -68,7 +68,7 @@ def make_keys(folder: Path) -> None:
 
 
 def plain(folder: Path) -> None:
-    """A bundle of a few products: quick to open."""
+    """Write a bundle of a few MatMuls, which opens quickly."""
     from sparsifiner_edge.costs import ModelShape
     from tests.seal import reseal
     from tests.tiny import make_bundle
@@ -84,18 +84,18 @@ def student(folder: Path) -> None:
     from tests.models import TINY
 
     save_weights(folder.parent / "weights.safetensors", 10)
-    sparsify(TINY, folder, weights=folder.parent / "weights.safetensors", cells=4)
+    sparsify(TINY, folder, weights=folder.parent / "weights.safetensors", background_tokens=4)
 
 
 def bundle(folder: Path) -> None:
-    """A bundle as `export` makes it."""
+    """Write a bundle with `export`."""
     from tests.flat import export_bundle
 
     export_bundle(folder.parent / "student", folder)
 
 
 def results(folder: Path) -> None:
-    """Results that a report takes."""
+    """Write results that `report` accepts."""
     from sparsifiner_edge.results import write_result
     from tests.flat import evaluate_student, profile_bundle
 
@@ -110,7 +110,7 @@ def results(folder: Path) -> None:
 
 
 def training(folder: Path) -> None:
-    """A training that was cut short, with its checkpoint and history."""
+    """Write an interrupted training with its checkpoint and history."""
     from sparsifiner_edge.sparse.student import save_student
     from tests.flat import distill_student
     from tests.models import student as make_student
@@ -140,11 +140,11 @@ MAKERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "results": (results, ("bundle", "plain", "images")),
     "training": (training, ()),
 }
-"""What a folder of this name is made by, and which others must lie beside it."""
+"""Maps a folder name to the function that makes it and the folders it needs."""
 
 
 def make(good: Path, names: tuple[str, ...]) -> None:
-    """Make what is named and what that needs, unless it is there."""
+    """Make a folder and those it needs, unless they exist."""
     good.mkdir(parents=True, exist_ok=True)
     for name in names:
         maker, needs = MAKERS[name]
@@ -156,7 +156,7 @@ def make(good: Path, names: tuple[str, ...]) -> None:
 
 
 def install_plugin(site: Path, monkeypatch: pytest.MonkeyPatch, group: str, **points: str) -> None:
-    """Another package in `site`, as if installed: entry points of `sparsifiner_edge.<group>`, names to objects."""
+    """Write a package to `site` as if installed, with entry points of `sparsifiner_edge.<group>` (name to object)."""
     info = site / "foreign-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1\n")

@@ -1,4 +1,4 @@
-"""Small real models of timm, with random weights that attend to something."""
+"""Small real timm models with random weights whose attention is not uniform."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sparsifiner_edge.sparse.student import Student, make_student
 
 TINY = "test_vit"
 """10 x 10 patches of 16 px, 64 wide, 2 heads of 32, 6 layers, a class token."""
-TINY_CONFIG = SparsityConfig(keep=0.2, cells=4, channels=8)
+TINY_CONFIG = SparsityConfig(keep=0.2, background_tokens=4, channels=8)
 KINDS = {
     "edge": TINY_CONFIG,
-    "no cells": replace(TINY_CONFIG, cells=0),
+    "no cells": replace(TINY_CONFIG, background_tokens=0),
     "merging": replace(TINY_CONFIG, merge=(12, 8, 0, 0, 0, 0)),
     "some dense": replace(TINY_CONFIG, keep=(0.2, 1, 0.2, 0.2, 1, 0.2), merge=(6,)),
     "pruned": replace(TINY_CONFIG, token_keep=((1, 0.7),)),
     "paper": SparsityConfig.for_preset("paper", keep=0.25, channels=8),
     "dense": SparsityConfig(keep=1),
 }
-"""One of each way to be sparse, and none."""
+"""One configuration of each kind of sparsity, and a dense one."""
 
 
 def vit(name: str = TINY, seed: int = 0, **options: Any) -> TimmModel:
-    """A timm model; queries and keys are scaled up, since fresh weights attend to everything alike."""
+    """Return a timm model with scaled queries and keys: attention of fresh weights is nearly uniform."""
     torch.manual_seed(seed)
     model = timm.create_model(name, pretrained=False, dynamic_img_size=False, **options).eval()
     with torch.no_grad():
@@ -40,17 +40,17 @@ def vit(name: str = TINY, seed: int = 0, **options: Any) -> TimmModel:
 
 
 def student(name: str = TINY, sparsity: SparsityConfig = TINY_CONFIG, **options: Any) -> Student:
-    """A sparse model with projections from its weights."""
+    """Return a sparse model with projections computed from its weights."""
     return sparse(name, vit(name, **options), sparsity)
 
 
 def sparse(name: str, model: TimmModel, sparsity: SparsityConfig = TINY_CONFIG) -> Student:
-    """A model of timm's made sparse in place, with projections from its weights."""
+    """Make a timm model sparse in place, with projections computed from its weights."""
     return make_student(Student(model, name, preprocessing(model)), sparsity)
 
 
 def images(model: TimmModel, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    """Random float images [batch,3,H,W]."""
+    """Return random float images [batch,3,H,W]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, *model.patch_embed.img_size, generator=generator)
 
@@ -67,7 +67,7 @@ EVA = {
 
 
 def eva(**options: Any) -> Eva:
-    """A small Eva with random weights and biases, 8 x 8 patches."""
+    """Return a small EVA with random weights and biases and 8 x 8 patches."""
     torch.manual_seed(0)
     shape = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
     model = Eva(**{**shape, "use_rot_pos_emb": True, **options}).eval()

@@ -1,4 +1,4 @@
-"""A small disk of one's own: a mount namespace with a file system in `disk/`."""
+"""Small file systems for tests, mounted at `disk/` in a mount namespace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.commands import PROGRAM, Outcome
 
 
 def in_mount(tmp_path: Path, size_kb: int, prepare: str, *arguments: Any) -> tuple[Outcome, list[str]]:
-    """Run the command line with `disk/`, a file system of `size_kb`; returns also what `disk/` holds afterwards."""
+    """Run the command line with a file system of `size_kb` at `disk/`; return also what `disk/` holds afterwards."""
     disk = tmp_path / "disk"
     disk.mkdir()
     script = (

@@ -1,4 +1,4 @@
-"""What the processes that run the tests share: what is made once."""
+"""Test data shared between the worker processes and made once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 Once = Callable[[str, Callable[[Path], Any]], Path]
-"""(name, function that fills a new folder) -> that folder, filled."""
+"""Takes a name and a function that fills a new folder; returns the filled folder."""
 
 
 def make_once(factory: pytest.TempPathFactory) -> Once:
-    """The first process that asks for a name makes it, others wait for it."""
+    """Return a maker: the first process to request a name makes it, the others wait."""
     base = factory.getbasetemp()
     shared = (base.parent if WORKER else base) / "shared"
     shared.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What functions of the package give, as the JSON that files and `--json` have: tests speak of that."""
+"""Results of public functions as plain JSON values, as in files and `--json`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ environment = _plain(".machine", "environment")
 
 
 def examine() -> Any:
-    """What `doctor --json` prints: here a missing library is null."""
+    """Return what `doctor --json` prints; a missing library is null."""
     from sparsifiner_edge.doctor import examine
 
     return msgspec.to_builtins(examine())

@@ -1,4 +1,4 @@
-"""Files of the repository, as git lists them."""
+"""Helpers that list the files of the repository with git."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Manifests that say whatever a test wants, with hashes that match."""
+"""Helpers that write manifests with arbitrary entries and matching hashes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def seal_bundle(folder: Path, manifest: Mapping[str, object]) -> None:
 
 
 def reseal(folder: Path, **changes: Any) -> Path:
-    """What someone does who alters a bundle and knows its format: the manifest of a bundle as it now is, with other
-    entries; a signature stays as it was.
+    """Rewrite the manifest for the present files, with other entries; keep the signature.
+
+    This is what an attacker who knows the format would do.
     """
     manifest = json.loads((folder / BUNDLE_FILE).read_text()) | changes
     signature = (folder / SIGNATURE_FILE).read_bytes() if (folder / SIGNATURE_FILE).exists() else None
@@ -36,7 +37,7 @@ def reseal(folder: Path, **changes: Any) -> Path:
 
 
 def bundle_of(folder: Path) -> Bundle:
-    """A folder that is no whole bundle, with a manifest that lists its files."""
+    """Write a manifest that lists the files of an incomplete bundle."""
     files = {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
     return Bundle(folder, Manifest(schema_version=BUNDLE_SCHEMA, files=files))
 

@@ -1,4 +1,4 @@
-"""Small graphs with operators of the domain `sparsifiner`, made without torch; and an exported model that merges."""
+"""Small graphs with operators of domain `sparsifiner`, built without torch, and an exported model that merges."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ HEADS, WIDTH, CHANNELS, SIDE = 2, 32, 8, 8
 SELECT = {
     "num_heads": HEADS,
     "num_prefix": 1,
-    "probe": 4,
+    "query_pool": 4,
     "tile": 16,
-    "cell": 16,
+    "key_pool": 16,
     "keys": 12,
     "scale": WIDTH**-0.5,
     "value_power": 1.0,
 }
-ATTEND = {"num_heads": HEADS, "num_prefix": 1, "tile": 16, "cell": 16, "scale": WIDTH**-0.5, "prefix_keys": 1}
+ATTEND = {"num_heads": HEADS, "num_prefix": 1, "tile": 16, "key_pool": 16, "scale": WIDTH**-0.5, "prefix_keys": 1}
 MATCH = {"num_heads": HEADS, "num_prefix": 1, "window": 8, "merged": 6}
 KINDS: dict[type, str] = {np.float32: "float", np.float16: "float16"}
 LEFT_OF_MERGING = 5
-"""Kernels of a layer that merges beside MatchTokens and MergeTokens: sizes and places. `test_rtx.py` counts them."""
+"""Kernels of a merging layer in addition to MatchTokens and MergeTokens (sizes, places); `test_rtx.py` counts them."""
 
 
 def sparse_model(batch: int | str = "batch", dtype: type = np.float32) -> onnx.ModelProto:
@@ -78,7 +78,7 @@ def _attributes(values: Mapping[str, float]) -> str:
 def _model(
     nodes: str, weights: dict[str, Any], between: str, bodies: list[Any], batch: int | str, dtype: type
 ) -> onnx.ModelProto:
-    """Pixels as "tokens" [B,64,3], these nodes, and the mean over tokens of "last"; between: what shapes they give."""
+    """Build a model: pixels as "tokens" [B,64,3], `nodes`, the mean over tokens of "last"; between: tensor shapes."""
     weights |= {"pixels": np.array([0, -1, 3], np.int64), "axes": np.array([1], np.int64)}
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}]>
@@ -96,11 +96,13 @@ def _model(
 
 
 def merging_model(keep: float = 1.0, merge: Any = (12, 0), depth: int = 2, batch: int | None = None) -> Any:
-    """An exported model: 101 tokens, merged behind the attention of all layers but the last, reading `keep` of keys."""
+    """Return an exported model of 101 tokens that merges in all layers but the last and keeps `keep` of the keys."""
     from sparsifiner_edge.config import SparsityConfig
     from sparsifiner_edge.export.deployed_model import deploy
     from sparsifiner_edge.export.graph import export_graph
     from tests.models import student
 
-    deployed = deploy(student(sparsity=SparsityConfig(keep=keep, cells=4, channels=8, merge=merge), depth=depth))
+    deployed = deploy(
+        student(sparsity=SparsityConfig(keep=keep, background_tokens=4, channels=8, merge=merge), depth=depth)
+    )
     return export_graph(deployed, 160, batch, deployed.output_names)

@@ -1,5 +1,6 @@
-"""Kernels in a bundle: compiled for a board, and wired into the model. Where Triton interprets, this file runs the
-launches of a bundle beside the bodies.
+"""Tests of compiled kernels in a bundle for a board, and of the model that calls them.
+
+Run as a program under Triton's interpreter, this file compares the launches of a bundle with the ONNX function bodies.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def bundle(model, tmp_path_factory):
 
 
 def variant_of(folder):
-    """The model whose nodes are launches, as TensorRT gets it."""
+    """Return the model for TensorRT, with kernel launches as nodes."""
     return kernel_model(onnx.load(folder / "model.onnx"), table_of(folder, 87))
 
 
@@ -98,16 +99,16 @@ def test_the_variant_has_no_bodies_and_names_its_plugins(bundle):
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in variant.graph.initializer}
     known = {name for node in variant.graph.node for name in node.output} | weights.keys() | {"image"}
     assert {name for node in variant.graph.node for name in node.input if name} <= known
-    # Projections are read in float32: a copy is made where the model has them in float16.
+    # The kernels read projections in float32, so float16 projections get a copy.
     assert table.float32 == {"proj_q.float32": "proj_q", "proj_k.float32": "proj_k"}
     assert weights["proj_q.float32"].dtype == np.float32
-    assert "proj_q" not in weights  # nobody reads it any more
+    assert "proj_q" not in weights  # no node reads it any more
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
-        ("t4", np.float16, "no GPU that the kernels are for"),
+        ("t4", np.float16, "no GPU that supports the kernels"),
         ("cpu-generic", np.float16, "no GPU"),
         ("jetson-orin-nano-8gb", None, "nothing to compile: no sparse attention, and no tokens merge"),
         ("jetson-orin-nano-8gb", np.float32, r"(?s)qkv must be float16 or bfloat16, got float32.*--precision fp16"),
@@ -121,7 +122,7 @@ def test_what_no_kernels_are_for_is_refused(tmp_path, name, dtype, message):
 
 @pytest.fixture(scope="module", params=[0.2, 1.0], ids=["sparse", "dense"])
 def merging(request, tmp_path_factory):
-    """A model of three layers, two of which merge; its file, and what a board's bundle says."""
+    """A model of three layers, two of which merge: its folder and the board entry of its bundle."""
     folder = tmp_path_factory.mktemp("merging")
     onnx.save(convert(merging_model(request.param, (12, 8, 0), 3)).model, folder / "model.onnx")
     entry = board_files(onnx.load(folder / "model.onnx"), "tiny", load_board("jetson-orin-nano-8gb"), folder)
@@ -150,8 +151,16 @@ def test_merging_is_launches_in_the_bundle_and_dense_attention_keeps_its_bodies(
 
 @pytest.mark.everything
 def test_a_launch_takes_smaller_blocks_where_plugins_would_refuse_its_shared_memory():
-    """As attention of float16 on a Thor with a list of four blocks."""
-    select = {"num_heads": 1, "num_prefix": 1, "tile": 64, "cell": 93, "scale": 0.125, "probe": 16, "keys": 231}
+    """A launch uses smaller blocks if plugins would reject its shared memory: four float16 blocks on a Thor."""
+    select = {
+        "num_heads": 1,
+        "num_prefix": 1,
+        "tile": 64,
+        "key_pool": 93,
+        "scale": 0.125,
+        "query_pool": 16,
+        "keys": 231,
+    }
     shapes = [(1, 2305, 192), (1, 64, 24), (1, 64, 24)]
     layer = schedule_layer(shapes, {**select, "value_power": 2.0}, "float16")
     assert compile_launch(layer, layer.launches[-1], 110).shared > MOST_SHARED_BYTES
@@ -194,7 +203,7 @@ def test_a_malformed_table_is_a_message(bundle, tmp_path, spoil, message):
 
 
 def interpreted(folder):
-    """What `interpret` prints of a bundle."""
+    """Return the difference that `interpret` prints for a bundle."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_board", str(folder)],
         capture_output=True,
@@ -208,7 +217,7 @@ def interpreted(folder):
 
 
 def test_sizes_of_single_tokens_may_be_a_constant_each(model, bundle, tmp_path):
-    """As torch's exporter leaves those of more than 1024 tokens."""
+    """torch's exporter writes one constant per node for models of more than 1024 tokens."""
     apart = copy.deepcopy(model)
     attention = next(node for node in apart.graph.node if node.op_type == "SparseAttention")
     made = next(node for node in apart.graph.node if node.output[0] == attention.input[1])
@@ -219,7 +228,7 @@ def test_sizes_of_single_tokens_may_be_a_constant_each(model, bundle, tmp_path):
 
 
 def test_the_launches_compute_what_the_bodies_compute(bundle):
-    """The model that TensorRT would get, its launches run by Triton's interpreter: every name and shape is right."""
+    """Triton's interpreter runs the launches of TensorRT's model, so every name and shape is checked."""
     assert interpreted(bundle[0]) < 2e-3
 
 
@@ -229,7 +238,7 @@ def test_export_for_a_board(tiny_student, pictures, tmp_path, capsys):
     out = call(capsys, "export", tiny_student, "--precision", "fp16", *board, "-o", bundle)
     assert out.code == 0, out.err
     assert re.search(r"^jetson-orin-nano-8gb: \d+ kernels for \d+ nodes", out.out, re.MULTILINE)
-    assert re.search(r"^tile 16 -> 64: cosine to before 0\.9[789]\d+, 3 images$", out.out, re.MULTILINE)
+    assert re.search(r"^tile 16 -> 64: cosine to the original layout 0\.9[789]\d+, 3 images$", out.out, re.MULTILINE)
     assert manifest_of(bundle)["sparsity"]["tile"] == 64
     assert {"kernels/sm87.json", "model.onnx"} < manifest_of(bundle)["files"].keys()
     with open_session(bundle) as session:
@@ -243,7 +252,7 @@ def test_export_refuses_a_board_it_does_not_know(tiny_student, tmp_path, capsys)
 
 
 def operator(name: str, schedule: Any, launch: Any, entry: CompiledLaunch) -> type[OpRun]:
-    """A launch of the table as an operator of the reference evaluator."""
+    """Return an operator of the reference evaluator that runs a launch of the table."""
 
     def _run(self: Any, *inputs: Any, **_attributes: Any) -> tuple[Any, ...]:
         batch = inputs[0].shape[0]
@@ -263,14 +272,14 @@ def operator(name: str, schedule: Any, launch: Any, entry: CompiledLaunch) -> ty
 
 
 class GatherElements(OpRun):
-    """onnx's own takes 64 entries at most."""
+    """Replacement for onnx's operator, which takes at most 64 entries."""
 
     def _run(self, data: Any, indices: Any, axis: int = 0) -> tuple[Any]:
         return (np.take_along_axis(data, indices, axis),)
 
 
 def interpret(folder: Path) -> None:
-    """Print the greatest difference of a bundle's launches, run by Triton's interpreter, to its model."""
+    """Print the largest difference between a bundle's launches, run by Triton's interpreter, and its model."""
     model, table = onnx.load(folder / "model.onnx"), table_of(folder, 87)
     assert table is not None
     types, operators = boards._tensor_types(model), {}

@@ -1,4 +1,4 @@
-"""Boards: every file loads and names a source per value, and what is wrong with a user's own is said."""
+"""Tests of board files: every file loads and names a source per value, and errors in a user's own file are reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_board_loads_and_names_a_source_for_every_value(name: str) -> None
     assert all(len(source) > 8 for source in board.sources.values())
     if board.kind == "gpu":
         assert 0 < board.fp32_tflops < board.fp16_tflops < board.int8_tops
-        # NVIDIA states the H100's float32 at a clock of its own, 1.98 GHz; others are rounded.
+        # NVIDIA states the H100's float32 rate at a clock of its own, 1.98 GHz; other values are rounded.
         assert board.fp32_tflops == pytest.approx(2 * board.cuda_cores * board.clock_ghz / 1e3, rel=0.1)
         per_core_and_clock = board.fp16_tflops * 1e3 / board.cuda_cores / board.clock_ghz
         assert min(abs(per_core_and_clock / x - 1) for x in (4, 8, 16, 32)) < 0.05 or name == "jetson-agx-thor"
@@ -90,12 +90,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_page_holds_the_table_and_the_example_loads() -> None:
-    page = (DOCS / "boards.md").read_text("utf-8")
+    page = (DOCS / "jetson.md").read_text("utf-8")
     rows = [BOARD_COLUMNS, ["---"] * len(BOARD_COLUMNS), *(board_row(load_board(name)) for name in board_names())]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     assert table in page, table
     example = page.split("```toml\n")[1].split("```")[0]
-    assert parse_board(example, "docs/boards.md").kind == "cpu"
+    assert parse_board(example, "docs/jetson.md").kind == "cpu"
 
 
 def test_the_list_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Engines on their way into a bundle: kept whole or not at all, whatever dies, hangs, changes or fills up meanwhile."""
+"""Tests of engine builds: an engine enters the bundle complete or not at all, despite crashes, hangs and full disks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_engines_are_added_and_those_of_one_name_replaced(tiny: Path) -> None:
     assert replace(after, files={}, engines=(), intended=None) == replace(before, files={})
     assert before.files.items() <= after.files.items()
     require_replaceable(tiny, "bundle")
-    with open_session(tiny) as session:  # What it was before it still is.
+    with open_session(tiny) as session:  # The previous content is intact.
         assert session.backend == "onnxruntime"
 
 
@@ -58,7 +58,7 @@ def test_json_and_table_and_a_signature_that_no_longer_holds(tiny: Path, capsys:
     outcome = call(capsys, *arguments)
     assert "not run" in outcome.out
     assert str(tiny / "engines") in outcome.out.replace("\n", "")
-    assert "its signature no longer holds" in outcome.err
+    assert "its signature is no longer valid" in outcome.err
     assert f"bundle sign {tiny} --key" in outcome.err
 
 
@@ -67,10 +67,10 @@ def test_json_and_table_and_a_signature_that_no_longer_holds(tiny: Path, capsys:
     [
         (["--backend", "opencv"], "Unknown backend 'opencv'"),
         (["--backend", "onnxruntime"], "onnxruntime builds no engine"),
-        (["--backend", RTX, "--compute-capability", "8.7"], "builds nothing for compute capability 8.7"),
+        (["--backend", RTX, "--compute-capability", "8.7"], "does not support compute capability 8.7"),
         (["--backend", RTX, "--compute-capability", "8.6", "--batch", "4,4,2"], "batch sizes are 4"),
         (["--backend", RTX, "--compute-capability", "8.6", "--batch", "1,2"], "--batch is 1,2"),
-        (["--backend", RTX, "--compute-capability", "8.6", "--kernels", "native"], "takes no CUDA kernels of others"),
+        (["--backend", RTX, "--compute-capability", "8.6", "--kernels", "native"], "support custom CUDA kernels"),
     ],
 )
 @needs_rtx
@@ -82,15 +82,15 @@ def test_wrong_usage(tiny: Path, capsys: pytest.CaptureFixture[str], arguments: 
 
 def test_batch_sizes(tmp_path: Path) -> None:
     images = (TensorSpec("image", "uint8", (size, 4, 4, 3)) for size in (2, "batch"))
-    fixed, dynamic = (Bundle(tmp_path, Manifest(schema_version=3, files={}, inputs=(image,))) for image in images)
+    fixed, dynamic = (Bundle(tmp_path, Manifest(schema_version=4, files={}, inputs=(image,))) for image in images)
     assert batch_range(dynamic, None) == BatchRange(1, 1, 8)
     with pytest.raises(ConfigError, match="fixed batch of 2"):
         batch_range(fixed, (1, 1, 2))
     with pytest.raises(ArtifactError, match="does not say the shape"):
-        batch_range(Bundle(tmp_path, Manifest(schema_version=3, files={})), None)
+        batch_range(Bundle(tmp_path, Manifest(schema_version=4, files={})), None)
 
 
-# A worker that dies, hangs or is killed: a package of TensorRT-RTX's name that does so where the worker imports it.
+# A worker that crashes, hangs or is killed: a fake TensorRT-RTX package does so when the worker imports it.
 
 
 def misbehaving(folder: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
@@ -139,7 +139,7 @@ def test_a_build_that_is_ended_midway(tiny, tmp_path, monkeypatch, number):
     wait_for(lambda: ended(int(worker.read_text())), 20)
     manifest_of(tiny)
     require_replaceable(tiny, "bundle")
-    with bundle_scratch(tiny) as scratch:  # As the next build does first.
+    with bundle_scratch(tiny) as scratch:  # The next build does this first.
         assert list(tiny.glob(".build.*")) == [scratch]
     assert snapshot(tiny) == before
 
@@ -149,7 +149,7 @@ def test_engines_that_nothing_lists_are_swept(tiny: Path) -> None:
     (tiny / "engines" / "left.engine").write_bytes(b"from a build that was killed")
     require_replaceable(tiny, "bundle")
     (tiny / "engines" / "mine.txt").write_text("precious")
-    with pytest.raises(ArtifactError, match=r"also holds engines/mine.txt, which is not ours"):
+    with pytest.raises(ArtifactError, match=r"also holds engines/mine.txt, which sparsifiner-edge did not write"):
         require_replaceable(tiny, "bundle")
     with bundle_scratch(tiny):
         pass
@@ -186,7 +186,7 @@ def test_a_bundle_that_changes_under_the_build(tiny: Path, monkeypatch: pytest.M
         with pytest.raises(ArtifactError, match="does not exist"):
             rtx(tiny, "8.6")
         return
-    with pytest.raises(ArtifactError, match="was exported anew while the engines were built"):
+    with pytest.raises(ArtifactError, match="was exported again while the engines were built"):
         rtx(tiny, "8.6")
     assert snapshot(tiny) == snapshot(other)
 
@@ -205,7 +205,7 @@ DEVICE = EngineDevice("1.7.1", "8.6", "NVIDIA RTX A2000")
 
 
 def forge(folder: Path, *engines: Engine, **changes: object) -> Path:
-    """A bundle that lists engines, hashes and all, the first with other entries."""
+    """Write a bundle that lists engines with valid hashes, the first with other entries."""
     make_bundle(folder)
     (folder / "engines").mkdir()
     listed = [write_record(replace(one, file=f"engines/{number}.engine")) for number, one in enumerate(engines)]

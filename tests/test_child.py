@@ -1,4 +1,4 @@
-"""Processes of ours that work for this one: asked, heard when they die or hang, and gone with whoever asked."""
+"""Tests of worker processes: calls, detection of crashes and hangs, and termination together with the parent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = {
     ("name", "said"),
     [
         ("aborts", r"The child was ended by SIGABRT during 'work'. It wrote: corrupted list\n  Do this"),
-        ("leaves", r"The child left with exit status 3 during 'work'. It wrote: nothing\n  Do this"),
+        ("leaves", r"The child exited with status 3 during 'work'. It wrote: nothing\n  Do this"),
         ("raves", r"The child was ended by SIGKILL during 'work'"),
     ],
 )
@@ -43,8 +43,8 @@ def test_an_error_keeps_its_class_and_its_message(tmp_path: Path) -> None:
     with start_worker() as worker:
         with pytest.raises(ArtifactError, match=r"does not exist"):
             worker.ask("load", 60, dict, bundle=str(tmp_path / "none"), execution=to_builtins(Execution()))
-        assert worker.ask("processor_s", 60, float) > 0  # It lives on.
-        with pytest.raises(BackendError, match=r"(?s)exit status 1 during 'nonsense'.*KeyError"):
+        assert worker.ask("processor_s", 60, float) > 0  # The worker is still alive.
+        with pytest.raises(BackendError, match=r"(?s)exited with status 1 during 'nonsense'.*KeyError"):
             worker.ask("nonsense", 60, object)
 
 

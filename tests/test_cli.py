@@ -1,4 +1,4 @@
-"""The command line as users meet it: help, the whole way on the smallest real model, what goes to which stream."""
+"""Tests of the command line: help, the complete workflow on the smallest real model, standard output and error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEAVY = {"torch", "timm", "numpy", "onnx", "onnxruntime", "PIL", "safetensors", 
 
 
 def modules_after(*arguments: str) -> set[str]:
-    """Top-level modules loaded when the command line leaves."""
+    """Return the top-level modules that are loaded when the command line exits."""
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr))\n"
@@ -44,7 +44,7 @@ def modules_after(*arguments: str) -> set[str]:
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_help_is_light_and_explains_every_option(name: str | None, capsys: Capsys) -> None:
-    # `export --help` and the like may load what a command file needs at its top, but no library of models or arrays.
+    # `export --help` may load the imports of its command file, but no model or array library.
     arguments = ("--help",) if name is None else (name, "--help")
     allowed = {"numpy", "onnx"} if name == "doctor" else set()
     assert not modules_after(*arguments) & (HEAVY - allowed)
@@ -96,7 +96,7 @@ def test_progress_on_a_terminal_is_a_bar_that_promises_nothing() -> None:
         try:
             while more := os.read(ours, 4096):
                 shown += more
-        except OSError:  # How Linux says that the last writer has closed it.
+        except OSError:  # Linux reports this when the last writer has closed the pipe.
             os.close(ours)
         assert run.stdout is not None
         assert run.stdout.read() == b"{}\n"
@@ -129,18 +129,18 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: Capsys) -> None
 
 
 def succeeded(outcome: Outcome) -> str:
-    """Standard output of a run that has nothing to remark but what the machine lacks."""
-    assert (outcome.code, re.sub(r"^warning: Sparse attention runs by .*\n", "", outcome.err)) == (0, "")
+    """Return standard output of a successful run; it may warn only about what the machine lacks."""
+    assert (outcome.code, re.sub(r"^warning: Sparse attention runs as .*\n", "", outcome.err)) == (0, "")
     assert outcome.out
     return outcome.out
 
 
 def test_a_classifier_the_whole_way(tmp_path: Path, tiny_weights: Path, pictures: Path, capsys: Capsys) -> None:
-    """Every command in a process of its own: each needs nothing but the folder that the one before wrote."""
+    """Every command runs in its own process and needs only the folder that the previous one wrote."""
     student, bundle, dense, result = (tmp_path / name for name in ("student", "bundle", "dense", "result.json"))
-    settings = ["--keep", "0.2", "--set", "cells=4", "--calibrate", pictures]
+    settings = ["--keep", "0.2", "--set", "background_tokens=4", "--calibrate", pictures]
     out = succeeded(process("sparsify", TINY, "--weights", tiny_weights, *settings, "-o", student))
-    assert f"{student}: student written" in out
+    assert f"{student}: sparse model written" in out
     assert {p.name for p in student.iterdir()} == {"config.json", "model.safetensors"}
 
     found = json.loads(succeeded(process("evaluate", student, "--data", pictures, "--json")))
@@ -252,7 +252,7 @@ def test_a_size_like_a_cameras_frames(tiny_student: Path, capsys: Capsys, tmp_pa
     with pytest.raises(ImageError, match=r"none\.mp4 gave no frame: .*Invalid data"):
         frame_size(parse_source(str(tmp_path / "none.mp4")))
     for options, said in (
-        (("--like", frame, "--img-size", "160"), "Give --img-size or --like"),
+        (("--like", frame, "--img-size", "160"), "--img-size and --like cannot be combined"),
         (("--like", tmp_path / "nothing.png"), "nothing.png does not exist"),
     ):
         outcome = call(capsys, "export", tiny_student, *options, "-o", tmp_path / "none")

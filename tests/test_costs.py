@@ -1,4 +1,4 @@
-"""Costs reproduce the published counts (Sparsifiner, CVPR 2023, tables 1 and 2), and count what runs."""
+"""Tests of cost counts: published values (Sparsifiner, CVPR 2023, tables 1 and 2) and the operations that run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEIT_S = ModelShape(depth=12, heads=6, width=384, hidden=1536, prefix=1, patches
 LV_S = ModelShape(depth=16, heads=6, width=384, hidden=1152, prefix=1, patches=196, patch=16)
 DENSE = SparsityConfig(keep=1)
 PUBLISHED_PREDICTOR = 6.12e6
-"""MACs per layer that fit the published rows; their own counter is not published."""
+"""MACs per layer that fit the published rows; the authors' counter is not published."""
 TABLE_1 = {
     0.9: 396.8,
     0.8: 360.6,
@@ -38,8 +38,8 @@ STAGES = ((1, 0.7), (3, 0.5))
 
 
 def attention_core(costs: list[LayerCosts]) -> int:
-    """MACs of logits and weighted sums over all layers, without the predictor, which published tables count too."""
-    return sum(layer["attention"].macs + layer["cells"].macs for layer in costs)
+    """Return the MACs of logits and weighted sums over all layers, without the predictor, which papers count."""
+    return sum(layer["attention"].macs + layer["background"].macs for layer in costs)
 
 
 def paper(keep: float) -> SparsityConfig:
@@ -73,15 +73,15 @@ def test_token_pruned_dense_rows(rate: float, published: float) -> None:
     "changes", [{"keep": 1}, {"keep": 0.3}, {"keep": 1, "token_keep": STAGES}, {"keep": 0.4, "token_keep": STAGES}]
 )
 def test_total_is_what_torch_counts(changes: dict[str, Any]) -> None:
-    sparsity, dense = SparsityConfig(cells=4, channels=8, **changes), vit()
+    sparsity, dense = SparsityConfig(background_tokens=4, channels=8, **changes), vit()
     shape = model_shape(dense)
     for block in dense.blocks:
-        block.attn.fused_attn = False  # torch counts no fused attention on a CPU
+        block.attn.fused_attn = False  # torch does not count fused attention on a CPU
     model = make_model_sparse(dense, sparsity)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images(dense, 1))
-    macs = summary(shape, sparsity)["total_macs"] + shape.width * 1000  # the classifier is no layer
-    # torch counts padded rows of the last tile and the sums of selected logits per cell as well.
+    macs = summary(shape, sparsity)["total_macs"] + shape.width * 1000  # the classifier is not a layer
+    # torch also counts padded rows of the last tile and the sums of selected logits per background token.
     assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=0.04)
 
 

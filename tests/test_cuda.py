@@ -1,5 +1,6 @@
-"""The CUDA layer, against a fake of cuda-python; and ONNX Runtime on a GPU: refused clearly where it is not possible,
-never replaced by the CPU in silence.
+"""Tests of the CUDA layer with a fake cuda-python, and of ONNX Runtime on a GPU.
+
+A GPU that cannot be used is an error; the CPU never replaces it silently.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def test_no_device_says_why(monkeypatch, gpu, release, message):
 
 
 def test_a_package_that_cannot_load_the_driver(monkeypatch):
-    """cuda-python up to 12.8 raises RuntimeError from the first call."""
+    """cuda-python up to 12.8 raises RuntimeError from the first call if it cannot load the driver."""
     module = install_cuda(monkeypatch, Gpu())
 
     def missing():
@@ -63,7 +64,7 @@ def test_a_package_that_cannot_load_the_driver(monkeypatch):
 
 
 def test_the_fake_has_the_surface_of_the_real_package():
-    """Names and numbers of parameters, as the docstrings of the real functions give them; enums by name."""
+    """Compare names and parameter counts with the docstrings of the real functions, and enums by name."""
     real, fake = pytest.importorskip("cuda.bindings.runtime"), cuda_bindings(Gpu())
     for name, body in Gpu().functions().items():
         text = (getattr(real, name).__doc__ or "").split("\n")[0]
@@ -80,7 +81,7 @@ CPU_BUILD = CUDA not in onnxruntime.get_available_providers()
 
 @pytest.fixture
 def gpu_build(monkeypatch):
-    """The CPU's build of ONNX Runtime that says it has the provider of a GPU, as onnxruntime-gpu does anywhere."""
+    """Make the CPU build of ONNX Runtime report a GPU provider, as onnxruntime-gpu does on any machine."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
 
 
@@ -99,7 +100,7 @@ def test_no_device_is_said_before_a_session_is_made(tiny, gpu_build, monkeypatch
 
 @pytest.mark.skipif(not CPU_BUILD, reason="onnxruntime-gpu is installed")
 def test_a_silent_fallback_is_an_error(tiny, gpu_build, monkeypatch):
-    """The real ONNX Runtime falls back here: it has no such provider."""
+    """ONNX Runtime itself falls back to the CPU here, since it lacks the provider."""
     install_cuda(monkeypatch, Gpu())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -108,7 +109,7 @@ def test_a_silent_fallback_is_an_error(tiny, gpu_build, monkeypatch):
 
 
 def test_what_runs_is_said_and_all_else_refused(tmp_path, tiny, gpu_build, monkeypatch):
-    """The provider starts: the real session on the CPU, under the name that was asked for."""
+    """The provider starts: a real CPU session under the requested name."""
     install_cuda(monkeypatch, Gpu())
     real = onnxruntime.InferenceSession
 
@@ -125,18 +126,18 @@ def test_what_runs_is_said_and_all_else_refused(tmp_path, tiny, gpu_build, monke
             described = session.description
         assert (described.kernels, described.provider) == (said, CUDA)
         assert described.device == "Orin (compute capability 8.7)"
-    with pytest.raises(BackendError, match="native kernels are the processor's"):
+    with pytest.raises(BackendError, match="native kernels run on the CPU only"):
         open_session(tiny, kernels="native", provider="cuda")
     for precision in ("bf16", "fp16"):
-        with pytest.raises(BackendError, match=f"computes in what a file stores, fp32 here, and not in {precision}"):
-            open_session(tiny, precision=precision, provider="cuda")
+        with pytest.raises(BackendError, match=f"computes in the file's precision, fp32, not in {precision}"):
+            open_session(tiny, compute_precision=precision, provider="cuda")
     with open_session(tiny, provider="cuda") as session:
         assert session.description.provider == CUDA
         assert check_golden(session, open_bundle(tiny))["features"]["range_relative_error"] < 1e-5
 
 
 def test_standard_output_stays_clean(tiny):
-    """What ONNX Runtime prints while it looks for CUDA must not mix with JSON."""
+    """Output that ONNX Runtime prints while it searches for CUDA must not mix with JSON."""
     code = (
         "import sys, json, onnxruntime\n"
         "onnxruntime.preload_dlls = lambda: print('Failed to load libcudnn')\n"

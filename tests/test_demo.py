@@ -1,4 +1,4 @@
-"""The demonstration from end to end, on a small model: the real one runs in `make everything` (test_readme.py)."""
+"""Tests of the demonstration with a small model; the real one runs in `make everything` (test_readme.py)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's e
 
 
 class Saliency(nn.Module):
-    """Images [B,3,H,W] -> a map [B,H,W], 0 to 1."""
+    """Saliency model: images [B,3,H,W] to a map [B,H,W] from 0 to 1."""
 
     image_mean, image_std, output_names = (0.5,) * 3, (0.25,) * 3, ("saliency",)
 
@@ -48,7 +48,7 @@ def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.Capture
     output = tmp_path / "demo"
     found = demo.main(["-o", str(output), "--minutes", "2"])
     assert found.statistics.answer.fidelity >= 0.8
-    assert "found: " in capsys.readouterr().out
+    assert "sparse: " in capsys.readouterr().out
     assert (output / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 2
     assert (output / "maps.png").read_bytes().startswith(b"\x89PNG")
     assert read_result(output / "task.json")["statistics"]["iou"]["mean"]["value"] > 0
@@ -60,7 +60,7 @@ def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.Capture
 
 def test_a_demonstration_leaves_other_folders_alone(demo: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.png").write_bytes(b"mine")
-    with pytest.raises(SystemExit, match="holds no demonstration"):
+    with pytest.raises(SystemExit, match="is not a folder of the demonstration"):
         demo.main(["-o", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
     (tmp_path / "mine.png").unlink()

@@ -1,4 +1,4 @@
-"""Distillation: what is learnt, what survives, what is refused. On the smallest model of timm, in real trainings."""
+"""Tests of distillation with real trainings of timm's smallest model: learning, resuming and rejected input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def stop_after_three(_stage: str, done: float, _total: float) -> None:
 
 
 def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> None:
-    few = SparsityConfig(keep=0.05, cells=0, channels=8)
+    few = SparsityConfig(keep=0.05, background_tokens=0, channels=8)
     start = save_student(student(sparsity=few, num_classes=0), tmp_path / "start")
     steps: list[tuple[int, int]] = []
     changes = (*SHORT, "distil.steps=30", "distil.learning_rate=1e-5", "ema=0.0", "budgets=[]")
@@ -89,13 +89,13 @@ def test_never_worse_than_the_start(folder: Path, start: Path, tmp_path: Path, m
 
 @pytest.mark.everything
 def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start: Path, tmp_path: Path) -> None:
-    # Killed within both phases; images are changed in every way.
+    # Killed within both phases, with all augmentations.
     drawn = ("images.auto_augment=rand-m9-mstd0.5-inc1", "images.erasing=0.5", "images.mixup=0.8")
     steps = (*SHORT, "reconstruct.steps=7", "distil.steps=6", "ema=0.9", *drawn)
     arguments = ["distill", start, "--data", folder, *(x for s in steps for x in ("--set", s))]
     distill_student(start, folder, tmp_path / "whole", overrides=steps)
     broken = tmp_path / "broken"
-    for again, after in (([], 4), (["--resume"], 9)):  # not steps at which it saves
+    for again, after in (([], 4), (["--resume"], 9)):  # steps without a checkpoint
         command = [*PROGRAM, *map(str, arguments), "-o", str(broken), *again]
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
         path = Path(f"{broken}.training") / checkpoint.HISTORY
@@ -116,7 +116,7 @@ def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start:
 @pytest.mark.everything
 def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(folder, tmp_path / "data")
-    for name in ("dogs/04.png", "dogs/06.png", "dogs/08.png"):  # of which each process meets some
+    for name in ("dogs/04.png", "dogs/06.png", "dogs/08.png"):  # each process reaches some of them
         (folder / name).write_bytes(b"no image")
     steps = (
         "reconstruct.steps=2",
@@ -171,7 +171,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(
     folder: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
-    (data / "cats" / "01.png").write_bytes(b"no image")  # held out
+    (data / "cats" / "01.png").write_bytes(b"no image")  # validation images
     (data / "cats" / "03.png").write_bytes(b"no image")
     (data / "dogs" / "04.png").write_bytes((data / "dogs" / "06.png").read_bytes()[:300])
     settings = (x for s in SHORT for x in ("--set", s))
@@ -197,9 +197,9 @@ def test_labels_teach_and_the_first_class_decides(folder: Path, start: Path, pic
     judged = {entry["step"]: entry["top1"][0] for entry in history(tmp_path / "out") if "top1" in entry}
     assert list(judged) == [0, 2, 4, 6]
     assert (summary.start, summary.best) == (judged[0], max(judged.values()))
-    with pytest.raises(ConfigError, match="outside of the folders of classes"):
+    with pytest.raises(ConfigError, match="outside of class folders"):
         distill_student(start, folder, tmp_path / "x", **options, held_out=pictures)
-    with pytest.raises(ConfigError, match="outside the folders of classes"):
+    with pytest.raises(ConfigError, match="has images outside of class folders"):
         distill_student(start, folder / "cats", tmp_path / "x", labels=True, overrides=SHORT)
 
 
@@ -218,11 +218,11 @@ def test_what_is_begun_or_damaged_is_no_start(
 def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         distill_student(start, folder, tmp_path / "out", overrides=SHORT, progress=stop_after_three)
-    with pytest.raises(ConfigError, match="began with other images"):
+    with pytest.raises(ConfigError, match="differs in images"):
         distill_student(start, folder / "cats", tmp_path / "out", overrides=SHORT, resume=True)
-    with pytest.raises(ConfigError, match="began with other steps: 6, now 9"):
+    with pytest.raises(ConfigError, match="differs in steps: it began with 6, now it is 9"):
         distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "distil.steps=9"), resume=True)
-    with pytest.raises(ConfigError, match="began with other precision: no, now bf16"):
+    with pytest.raises(ConfigError, match="differs in precision: it began with no, now it is bf16"):
         distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "precision=bf16"), resume=True)
     distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)
     with pytest.raises(ArtifactError, match="no checkpoint"):
@@ -233,7 +233,10 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
 
 @pytest.mark.everything
 def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one's losses are a hundredth of the second's: that is no explosion; what it makes worse is put back."""
+    """The losses of phase one are a hundredth of phase two's.
+
+    This is not divergence; changes that worsen the model are undone.
+    """
     monkeypatch.setattr("sparsifiner_edge.distill.train.RECENT", 3)
     monkeypatch.setattr("sparsifiner_edge.distill.train.EXPLOSION", 3.0)
     wild = ("reconstruct.learning_rate=0.0", "reconstruct.predictor_learning_rate=0.5", "losses.selection=0.001")
@@ -271,7 +274,7 @@ def test_what_merges_and_what_is_pruned_is_learnt_beside_the_whole(folder: Path,
         (0.1, (), 2),
     ]
     trained = load_student(tmp_path / "out")
-    assert trained.sparsity == load_student(start).sparsity  # its own budget stays what it was
+    assert trained.sparsity == load_student(start).sparsity  # its own budget is unchanged
     assert trained.img_size == (96, 160)
     with pytest.raises(ConfigError, match="merge has 3 rates"):
         distill_student(start, folder, tmp_path / "x", overrides=(*SHORT, 'budgets=[{merge="3,2,1"}]'))

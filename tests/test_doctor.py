@@ -1,4 +1,4 @@
-"""`doctor`: what is installed and works here, and what to do about the rest."""
+"""Tests of `doctor`: what is installed and works, and the remedy for everything else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Patch = pytest.MonkeyPatch
 
 
 def command(*arguments: str, before: str = "") -> str:
-    """What it prints."""
+    """Return what the command prints."""
     code = f"import sys\n{before}\nfrom sparsifiner_edge.cli.main import main\nmain(sys.argv[1:])"
     line = [sys.executable, "-c", code, "doctor", *arguments]
     run = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -35,7 +35,7 @@ def command(*arguments: str, before: str = "") -> str:
 
 
 def distribution(folder: Path, name: str, version: str = "1.2.3", requires: tuple[str, ...] = ()) -> None:
-    """A package's metadata as pip leaves it, and nothing else of it."""
+    """Write a package's metadata as pip does, and nothing else of the package."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
@@ -44,20 +44,20 @@ def distribution(folder: Path, name: str, version: str = "1.2.3", requires: tupl
 
 
 def backend(name: str) -> tuple[bool, str]:
-    """Whether it is available, and why."""
+    """Return a backend's availability and the reason."""
     found = examine()["backends"][name]
     return found["available"], found["reason"]
 
 
 def test_json_holds_every_backend() -> None:
-    lesser = "AVX2" if os.uname().machine == "x86_64" else "NEON"  # As a processor without bfloat16.
+    lesser = "AVX2" if os.uname().machine == "x86_64" else "NEON"  # as a processor without bfloat16
     found = json.loads(command("--json", before=f"import os; os.environ['SPARSIFINER_TARGET'] = {lesser!r}"))
     assert found["native_library"].endswith(".so")
     assert "loads, and uses" in found["native_library_reason"]
-    assert {name.partition(" ")[0] for name in found["backends"]} == set(BACKENDS)
-    # OpenVINO refuses most files in fp16, whatever the processor has: only a file can say.
+    assert {name.partition(",")[0] for name in found["backends"]} == set(BACKENDS)
+    # OpenVINO rejects most fp16 files on any processor, so only a file can show that it works.
     assert not any("fp16" in name for name in found["backends"])
-    ready, bf16 = found["backends"]["onnxruntime"], found["backends"]["onnxruntime --precision bf16"]
+    ready, bf16 = found["backends"]["onnxruntime"], found["backends"]["onnxruntime, bf16"]
     assert (ready["available"], ready["version"], bf16["available"]) == (True, onnxruntime.__version__, False)
     assert "has no bfloat16" in bf16["reason"]
     assert all(entry["reason"] for entry in (*found["backends"].values(), found["triton"]))
@@ -66,9 +66,9 @@ def test_json_holds_every_backend() -> None:
 def test_a_build_for_the_gpu_needs_a_gpu(monkeypatch: Patch) -> None:
     offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
-    for driver, said in ((0, "is built in, and No NVIDIA driver"), (12060, "not the CUDA kernels")):
+    for driver, said in ((0, "is built in, but No NVIDIA driver"), (12060, "not the CUDA kernels")):
         install_cuda(monkeypatch, Gpu(driver=driver))
-        available, reason = backend("onnxruntime --provider cuda")
+        available, reason = backend("onnxruntime, cuda")
         assert (available, said in reason) == (driver > 0, True)
 
 
@@ -108,7 +108,7 @@ def test_tensorrt_needs_a_device_to_be_available(monkeypatch: Patch) -> None:
     gpu.count = 0
     available, reason = backend("tensorrt")
     assert (available, "CUDA finds no device" in reason) == (False, True)
-    if importlib.util.find_spec("tensorrt_rtx") is not None:  # It builds all the same.
+    if importlib.util.find_spec("tensorrt_rtx") is not None:  # It builds nevertheless.
         available, reason = backend("tensorrt-rtx")
         assert (available, "ahead of time for RTX cards, and cannot run them here" in reason) == (True, True)
     install_tensorrt(monkeypatch, gpu, "10.3").__version__ = "8.5.2"
@@ -116,7 +116,7 @@ def test_tensorrt_needs_a_device_to_be_available(monkeypatch: Patch) -> None:
 
 
 def test_a_tensorrt_for_a_newer_cuda_than_the_driver_is_refused(tmp_path: Path, monkeypatch: Patch) -> None:
-    """It would make its objects all the same, and end the process on use."""
+    """TensorRT would create its objects without an error, and end the process on use."""
     gpu = Gpu(driver=12060)
     install_cuda(monkeypatch, gpu)
     install_tensorrt(monkeypatch, gpu, "10.9")
@@ -161,7 +161,7 @@ def test_a_bare_environment_is_enough(tmp_path: Path) -> None:
     distribution(tmp_path, "sparsifiner-edge", "0.0.1", ('no-such-package; extra == "gpu"',))
     said = command(before=f"{before}; sys.path.insert(0, {str(tmp_path)!r})")
     assert all(text in said for text in ("native library", "python", "CUDA device", "CUDA driver", "telemetry"))
-    assert "[gpu]" in said  # With its brackets, which are no markup.
+    assert "[gpu]" in said  # With brackets that are not markup.
 
 
 def test_a_missing_native_library_says_what_to_install(monkeypatch: Patch) -> None:

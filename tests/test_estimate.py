@@ -1,4 +1,4 @@
-"""The estimate: what it reads, what must hold whatever the constants, and what merging costs."""
+"""Tests of the estimate: input, properties that hold for any constants, and the cost of merging."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tests.tiny import make_bundle
 
 VIT_S = ModelShape(12, 6, 384, 1536, 1, 1369, 14)
 DENSE = SparsityConfig(keep=1)
-EDGE = SparsityConfig(keep=0.1, cells=25)
+EDGE = SparsityConfig(keep=0.1, background_tokens=25)
 BOARDS = st.sampled_from(["jetson-orin-nano-8gb", "jetson-agx-thor", "jetson-xavier-nx", "rtx-4090", "a100"])
 
 
 def counted(folder: Path, shape: ModelShape = VIT_S, sparsity: SparsityConfig = DENSE, **manifest: Any) -> Path:
-    """A bundle whose manifest speaks of a larger model than its file holds."""
+    """A bundle whose manifest describes a larger model than its file holds."""
     sparse = not sparsity.is_dense
     content = {
         "shape": dataclasses.asdict(shape),
@@ -70,7 +70,7 @@ def test_sizes_are_what_the_manifest_says(tmp_path: Path, sparsity: SparsityConf
 
 
 def test_a_real_bundle_through_the_command_line(capsys, tmp_path: Path, tiny_bundle: Path) -> None:
-    """It says that it is an estimate; bad use is refused."""
+    """The output is marked as an estimate; invalid use is rejected."""
     path, board = tmp_path / "estimate.json", "jetson-orin-nano-8gb-super"
     line = ("estimate", tiny_bundle, "--board", board, "--power-mode", "25W")
     printed, done = call(capsys, *line), call(capsys, *line, "--json", "-o", path)
@@ -79,7 +79,7 @@ def test_a_real_bundle_through_the_command_line(capsys, tmp_path: Path, tiny_bun
     assert result == read_result(path)
     method, figures = result["method"], result["statistics"]
     assert (result["kind"], method["board"]["name"], method["kernels"]) == ("estimate", board, "portable")
-    assert (method["stored"], method["linear"], method["jetpack"]["version"]) == ("fp32", "fp16", "7.2.2")
+    assert (method["precision"], method["linear"], method["jetpack"]["version"]) == ("fp32", "fp16", "7.2.2")
     for name in ("latency_ms", "peak_memory_bytes"):
         assert 0 < figures[name]["low"] < figures[name]["value"] < figures[name]["high"]
     assert "no sourced power figure narrow enough" in figures["energy_j"]["unavailable"]
@@ -121,8 +121,10 @@ def test_of_two_bundles_the_faster_is_said_and_where_that_is_the_dense_one(capsy
         assert result["method"]["kernels"] == "native"
         assert result["method"]["against"]["kernels"] == "none"
     assert ratio["6"] == ratio["6.2"] == ratio["7"] > 1
-    for precision, spread in (("fp16", 1.42), ("fp32", 1.5 * 1.42)):  # None was fitted for that on a GPU.
-        bounds = estimate_bundle(whole, nano, against=dense, precision=precision)["statistics"]["comparison"]["ratio"]
+    for precision, spread in (("fp16", 1.42), ("fp32", 1.5 * 1.42)):  # No GPU measurement of it was fitted.
+        bounds = estimate_bundle(whole, nano, against=dense, compute_precision=precision)["statistics"]["comparison"][
+            "ratio"
+        ]
         wide = bounds["high"] / bounds["low"] / spread**2
         assert 1 <= wide < 1.1, "launches that are not recorded weigh more in the smaller model"
     board = load_board(nano)
@@ -134,7 +136,7 @@ def test_of_two_bundles_the_faster_is_said_and_where_that_is_the_dense_one(capsy
             whole,
             "jetson-orin-nano-8gb",
             "5",
-            "TensorRT 8.5 takes no kernels of a bundle, 10.3 and later do",
+            "TensorRT 8.5 does not support a bundle's kernels, 10.3 and later do",
             f"Dense is faster here. Estimated for Jetson Orin Nano 8 GB, not measured: {sparse} is",
         ),
         (
@@ -142,8 +144,8 @@ def test_of_two_bundles_the_faster_is_said_and_where_that_is_the_dense_one(capsy
             dense,
             "jetson-orin-nx-8gb",
             None,
-            "More likely than not, dense is faster here. Estimated for",
-            f"which is faster, {bodies} or {dense}, is not certain (ratio 0.",
+            "Most likely, dense is faster here. Estimated for",
+            f"it is not certain which is faster, {bodies} or {dense} (ratio 0.",
         ),
         (sparse, whole, nano, None),
         (
@@ -162,7 +164,7 @@ def test_of_two_bundles_the_faster_is_said_and_where_that_is_the_dense_one(capsy
 
 
 def test_ratios_of_left_out_models_fall_within_their_spread() -> None:
-    """Nine of ten pairs on one board, at one precision and at two, of the recorded fit."""
+    """For nine of ten recorded pairs on one board the ratio lies within the spread, at one precision and at two."""
     rows = json.loads((Path(__file__).parents[1] / "profiles/results/estimate.json").read_text())["statistics"]["rows"]
     for kind, group in (("gpu", "left_out_chip"), ("cpu", "left_out_model_cpu")):
         off: dict[bool, list[float]] = {False: [], True: []}
@@ -179,7 +181,7 @@ def test_ratios_of_left_out_models_fall_within_their_spread() -> None:
     [
         ({"shape": None}, "shape is missing"),
         ({"sparsity": EDGE.to_dict()}, "names no operators for its sparse layers"),
-        ({"sparsity": {**EDGE.to_dict(), "tile": 100_000, "probe": 100_000}}, "exceeds the 1369 patches"),
+        ({"sparsity": {**EDGE.to_dict(), "tile": 100_000, "query_pool": 100_000}}, "exceeds the 1369 patches"),
     ],
 )
 def test_manifests_that_do_not_hold_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -213,7 +215,7 @@ def test_energy_and_memory_are_bounded_by_the_board(tmp_path: Path) -> None:
     assert estimate_bundle(folder, small)["statistics"]["fits_memory"] == "no"
     larger = msgspec.structs.replace(small, memory_gb=0.5)
     assert estimate_bundle(folder, larger)["statistics"]["fits_memory"] == "perhaps"
-    # Energy is said where power at rest is known, and so near the most that the range is of use.
+    # Energy is reported if idle power is known and close enough to the maximum for a useful range.
     for idle, known in ((0.0, False), (5.0, False), (12.0, True)):
         board = msgspec.structs.replace(load_board("cpu-generic"), idle_w=idle)
         figures = estimate_bundle(folder, board)["statistics"]
@@ -232,8 +234,9 @@ def test_energy_and_memory_are_bounded_by_the_board(tmp_path: Path) -> None:
     batch=st.integers(1, 8),
 )
 def test_more_tokens_are_never_faster_but_for_fewer_cells(board, sparsity, kernels, patches, more, batch):
-    """Cells have whole numbers of tokens: 321 patches make 25 cells of 13, 326 make 24 of 14, and fewer cells cost
-    less.
+    """Pools have whole numbers of tokens, so more patches can give fewer background tokens and cost less.
+
+    321 patches give 25 background tokens of 13 patches each; 326 give 24 of 14.
     """
     few, many = (
         Workload(dataclasses.replace(VIT_S, patches=count), sparsity, kernels=kernels)
@@ -241,7 +244,7 @@ def test_more_tokens_are_never_faster_but_for_fewer_cells(board, sparsity, kerne
     )
     device = load_board(board)
     assert total(many, device) <= total(dataclasses.replace(many, batch=batch), device)
-    cells = [sparsity.layout(work.shape.patches, 1).cells for work in (few, many)]
+    cells = [sparsity.layout(work.shape.patches, 1).background_tokens for work in (few, many)]
     if sparsity.is_dense or cells[0] <= cells[1]:
         assert total(few, device) <= total(many, device)
         for less, greater in zip(peak_activations(few, 2), peak_activations(many, 2), strict=True):
@@ -249,13 +252,13 @@ def test_more_tokens_are_never_faster_but_for_fewer_cells(board, sparsity, kerne
 
 
 def test_how_much_faster_sparse_attention_is() -> None:
-    """As docs/gpu.md says."""
+    """The ratios of docs/nvidia.md."""
 
     def times_faster(board: str, tokens: int) -> float:
-        """A layer's sparse attention, its choice of keys included, beside dense attention."""
+        """Return the speed-up of a layer's sparse attention, key selection included, over dense attention."""
         one, ms = ModelShape(1, 6, 384, 1, 1, tokens - 1, 1), []
         for keep in (1.0, 0.1):
-            work = Workload(one, SparsityConfig(keep=keep, tile=64, probe=16), kernels="kernels")
+            work = Workload(one, SparsityConfig(keep=keep, tile=64, query_pool=16), kernels="kernels")
             spent = roofline.costs(work, load_board(board), "fp16", GPU_FIT)
             ms.append(roofline.seconds([c for c in spent if c.operator.kind in roofline.SPARSE_KINDS]))
         return ms[0] / ms[1]
@@ -276,7 +279,7 @@ def test_pruning_and_merging_cost_their_launches() -> None:
 
 
 def test_lists_pay_where_tokens_are_many_and_the_gpu_is_small() -> None:
-    """Of twelve layers that see ever fewer tokens, those that the estimate has faster with dense attention."""
+    """The layers that the estimate runs faster with dense attention, of twelve with ever fewer tokens."""
     for name, patches, dense in (
         ("jetson-orin-nano-8gb-super", 5476, range(0)),
         ("jetson-orin-nano-8gb-super", 1369, range(5, 12)),
@@ -294,7 +297,7 @@ def test_lists_pay_where_tokens_are_many_and_the_gpu_is_small() -> None:
 
 
 def test_plans_that_were_found_gain_on_every_gpu() -> None:
-    """What searches found at a cosine of .98, with dense attention where the estimate has that faster."""
+    """Plans found by searches at a cosine of 0.98, with dense attention where the estimate favours it."""
     results = Path(__file__).parents[1] / "profiles/results"
     points = json.loads((results / "frontier/frontier_1036_searched_int8.json").read_text())["statistics"]["points"]
     whole = [
@@ -309,7 +312,7 @@ def test_plans_that_were_found_gain_on_every_gpu() -> None:
     times = {}
     for patches, merge, keep, name in found:
         shape, board = dataclasses.replace(VIT_S, patches=patches), load_board(name)
-        plan = SparsityConfig(keep=parse_keep(keep), merge=parse_merge(merge), tile=64, cells=31)
+        plan = SparsityConfig(keep=parse_keep(keep), merge=parse_merge(merge), tile=64, background_tokens=31)
         dense = roofline.faster_dense(Workload(shape, plan, kernels="kernels"), board)
         shares = plan_of(plan, shape.depth, patches).keep
         lists = [layer for layer, share in enumerate(shares) if share < 1]
@@ -320,7 +323,7 @@ def test_plans_that_were_found_gain_on_every_gpu() -> None:
         )
         assert ms <= 1.001 * min(whole_ms, merged_ms), name
         times[name, patches] = whole_ms / merged_ms, whole_ms / ms
-    for name, patches, merged, lists_too, least in (  # As docs/gpu.md has them, and what was asked for.
+    for name, patches, merged, lists_too, least in (  # Values of docs/nvidia.md and the required minimum.
         ("h100", 1369, 1.32, 1.32, 1.25),
         ("jetson-agx-thor", 1369, 1.57, 1.57, 1.55),
         ("jetson-orin-nano-8gb-super", 5476, 3.5, 4.4, 2.9),

@@ -1,5 +1,7 @@
-"""Evaluation against the dense teacher: cosines, accuracy beside it by neighbours, linear probe and classifier; and
-explanations: what layers read and merged, that their faithfulness is measured, the command and its page.
+"""Tests of evaluation against the dense teacher, and of explanations.
+
+Evaluation: cosines, and accuracy by nearest neighbours, linear probe and classifier. Explanations: the keys that layers
+read, merged tokens, faithfulness, the command and its page.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def test_rectangles(exported: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="The subject takes 96x160 px, the teacher 160 px"):
         evaluate_student(bundle, folder, against=exported / "dense")
     (record,) = (answered.record for answered in run(bundle, str(folder / "dogs" / "02.png")))
-    with Image.open(folder / "dogs" / "02.png") as image:  # 180 x 170: the middle 108 rows are as the model is shaped
+    # 180 x 170: the middle 108 rows match the model's aspect ratio
+    with Image.open(folder / "dogs" / "02.png") as image:
         middle = image.crop((0, 31, 180, 139)).resize((160, 96), Image.Resampling.BICUBIC)
     with flat.open_session(bundle) as session:
         logits = session.infer({"image": np.asarray(middle)[None]})["logits"][0]
@@ -88,7 +91,7 @@ def test_rectangles(exported: Path, folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_bundle_remembers_how_images_are_fitted(exported: Path, folder: Path, tmp_path: Path) -> None:
-    """Unless one says otherwise; of an image of 180 x 170 pixels."""
+    """The bundle's fit is the default and can be overridden, on an image of 180 x 170 pixels."""
     bundle = flat.export_bundle(exported / "student", tmp_path / "bundle", fit="letterbox")
     whole, stretched = "whole between bars, bicubic to 160 px", "whole, stretched, bicubic to 160 px"
     for fit, said in ((None, whole), ("stretch", stretched), ("crop", "centre square, bicubic to 160 px")):
@@ -105,7 +108,7 @@ def test_a_bundle_remembers_how_images_are_fitted(exported: Path, folder: Path, 
 
 
 def colours(folder: Path, count: int, seed: int) -> Path:
-    """Images of three classes that any model can tell apart."""
+    """Images of three classes that any model can separate."""
     rng = np.random.default_rng(seed)
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
@@ -131,7 +134,7 @@ def made(once: Once) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def probed(once: Once, made: dict[str, Path]) -> Path:
-    """A classifier made of the student and a linear probe, and what the probe found."""
+    """A classifier made of the sparse model and a linear probe, and the probe's accuracy."""
 
     def probe(folder: Path) -> None:
         given = {"metric": "linear", "gallery": made["gallery"], "head": folder / "head"}
@@ -142,7 +145,7 @@ def probed(once: Once, made: dict[str, Path]) -> Path:
 
 
 def share(result: dict[str, Any], role: str = "subject") -> float:
-    """Of its answers that are right."""
+    """Return the share of correct answers."""
     return float(result["statistics"][f"{role}_accuracy"]["mean"]["value"])
 
 
@@ -152,7 +155,7 @@ def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: 
         result = evaluate_student(made[subject], made["queries"], metric=metric, gallery=made["gallery"], **against)
         check_result(result, "test", ScoresResult)
         assert share(result) == share(result, "teacher") == 1
-        assert result["statistics"]["lost_accuracy"]["mean"]["value"] == 0
+        assert result["statistics"]["drop_accuracy"]["mean"]["value"] == 0
         assert len(result["samples"]["subject_accuracy"]) == 12
         assert result["method"]["gallery"] == f"45 of {made['gallery']}"
 
@@ -176,7 +179,7 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(
 
 
 def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], probed: Path, tmp_path: Path) -> None:
-    """A classifier's own order, which is not the alphabet's."""
+    """The class order of the classifier is used, not the alphabetical one."""
     wanted = share(evaluate_student(probed / "head", made["queries"], metric="top1"))
     found = load_student(probed / "head")
     turned = [2, 0, 1]
@@ -198,7 +201,7 @@ def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], probed: Pa
 
 @pytest.mark.everything
 def test_untrained_fidelity(tmp_path: Path) -> None:
-    """Real weights, real photographs: what `benchmarks/fidelity.py` reports at 518 px, guarded at 224 px."""
+    """Real weights, real photographs: what `benchmarks/fidelity.py` reports at 518 px, checked at 224 px."""
     save_numpy(material.dinov2_state(), weights := tmp_path / "dinov2.safetensors")
     calibration = tmp_path / "calibration"
     calibration.mkdir()
@@ -207,7 +210,13 @@ def test_untrained_fidelity(tmp_path: Path) -> None:
 
     def patches(name: str, calibrate: Path | None = None) -> float:
         made = sparsify(
-            material.DINOV2, tmp_path / name, weights=weights, img_size=224, keep=0.25, cells=16, calibrate=calibrate
+            material.DINOV2,
+            tmp_path / name,
+            weights=weights,
+            img_size=224,
+            keep=0.25,
+            background_tokens=16,
+            calibrate=calibrate,
         )
         found = means(evaluate_student(made, split.images("development")))
         assert found["features_cosine"] > 0.98
@@ -222,7 +231,7 @@ def test_untrained_fidelity(tmp_path: Path) -> None:
     ("kind", "size"), [*((kind, 160) for kind in KINDS if kind not in ("dense", "pruned")), ("merging", (96, 160))]
 )
 def test_what_is_read_and_merged_is_what_the_layers_did(kind: str, size: Any) -> None:
-    """Each head's list has as many keys as the layout says; a merged token is read for all of its patches."""
+    """Each head's key list has the length of the layout; a merged token is read for all its patches."""
     made = student(sparsity=KINDS[kind], img_size=size)
     layers, patches = look(made, smooth_images(made.img_size)[0]), made.backbone.patches
     merges = plan_of(KINDS[kind], len(layers), patches).merge
@@ -233,7 +242,7 @@ def test_what_is_read_and_merged_is_what_the_layers_did(kind: str, size: Any) ->
         assert (layer.keys is None) == (kind == "some dense" and number in (1, 4))
         if layer.keys is None:
             assert (read == 1).all()
-        elif kind != "paper":  # Which lists the class token too.
+        elif kind != "paper":  # The class token is in it too.
             assert read.sum() == pytest.approx(made.backbone.geometry.heads * layer.keys)
         assert read.shape == (layer.tokens,)
 
@@ -245,7 +254,7 @@ def test_what_has_no_explanation(kind: str, said: str) -> None:
 
 
 def test_saco() -> None:
-    """1 where what is claimed is what it costs, -1 where it is the contrary; between them always."""
+    """SaCo is 1 if attributions match the effect of removal, -1 if they contradict it, and always between."""
     random = np.random.default_rng(0)
     for count in range(2, 12):
         claimed = random.random(count)
@@ -256,12 +265,12 @@ def test_saco() -> None:
 
 
 def left(pixels: torch.Tensor) -> torch.Tensor:
-    """What a model answers that sees the left half alone."""
+    """Return the answer of a model that sees only the left half."""
     return pixels[0, :, :80].reshape(10, 16, 5, 16, 3).mean((1, 3)).flatten() - 128
 
 
 def test_an_explanation_that_is_true_and_one_that_is_false() -> None:
-    """Naming the half that is seen is right, naming the other half is wrong; what gradients name is right."""
+    """Attributing to the visible half is right, to the other half wrong; gradients are right."""
     image = smooth_images(160)[0]
     half = np.concatenate([np.linspace(1, 2, 50).reshape(10, 5), np.zeros((10, 5))], 1)
     (right, drop), (wrong, _) = (faithfulness(left, image, values) for values in (half, half[:, ::-1]))
@@ -276,7 +285,7 @@ def test_an_explanation_that_is_true_and_one_that_is_false() -> None:
 
 
 def test_the_command(pictures: Path, tmp_path: Path, capsys: Any) -> None:
-    """Its result; a page in either language, whose size is that of six layers; a name stays a name."""
+    """Its result and the page in both languages, with the size of six layers; names are escaped."""
     made = save_student(student(sparsity=KINDS["merging"], num_classes=0), tmp_path / "student")
     evil, page = tmp_path / "images" / "<script>x.png", tmp_path / "page.html"
     evil.parent.mkdir()
@@ -294,10 +303,10 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: Any) -> None:
         assert found.better == (found.saco["ours"] > max(0, found.saco["random"], found.saco["moved"]))
         assert [layer.tokens for layer in found.layers] == [100, 88, 80, 80, 80, 80]
         assert [layer.merged for layer in found.layers] == [12, 8, 0, 0, 0, 0]
-    assert "What the model read" in page.read_text("utf-8")
+    assert "Tokens that the model read" in page.read_text("utf-8")
     done = call(capsys, *asked, page, "--lang", "ja")
     assert done.code == 0, done.err
-    assert "SaCo of what the features hang on" in done.out
+    assert "SaCo of the attribution" in done.out
     text = page.read_text("utf-8")
     assert "モデルが読んだもの" in text
     assert "<script" not in text

@@ -1,4 +1,4 @@
-"""Every public name has an example in its docstring, which runs in a folder as a reader would have it."""
+"""Tests that every public name has an example in its docstring and that the example runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(
         "images": pictures,
     }.items():
         shutil.copytree(origin, place / name)
-    for path in sorted(pictures.iterdir()):  # A search takes five or more.
+    for path in sorted(pictures.iterdir()):  # A search takes at least five.
         shutil.copy(path, place / "images" / f"more-{path.name}")
     shutil.copy(tiny_weights, place / "weights.safetensors")
     return place

@@ -1,4 +1,4 @@
-"""Exported files: structure, agreement with torch, batches, metadata, and the oldest runtime they must load in."""
+"""Tests of exported files: structure, agreement with torch, batches, metadata and the oldest supported runtime."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def dense(exported: Path) -> Path:
 
 
 def export_shallow(made: Student, output: Path, depth: int = 2, **options: Any) -> Path:
-    """Of a student its first layers alone: what is particular to an architecture is in each of them."""
+    """Export only the first layers of a sparse model: each layer contains what is specific to an architecture."""
     made.model.blocks = made.model.blocks[:depth]
     example, pixels = torch.zeros(1, 3, *made.model.patch_embed.img_size), made.normalisation
     return flat.export_model(made.model, example, output, normalise=(pixels.mean, pixels.std), **options)
@@ -62,7 +62,7 @@ def model_of(bundle: Path) -> onnx.ModelProto:
 
 
 def tensor_shapes(model: onnx.ModelProto, image: np.ndarray) -> dict[str, tuple[int, ...]]:
-    """Shapes of every tensor that a run of the inlined model makes."""
+    """Return the shapes of all tensors that a run of the inlined model produces."""
     inlined = onnx.inliner.inline_local_functions(model)
     names = {name for node in inlined.graph.node for name in node.output if name}
     run = file_runner(with_outputs(inlined, names - {output.name for output in inlined.graph.output}))
@@ -70,12 +70,12 @@ def tensor_shapes(model: onnx.ModelProto, image: np.ndarray) -> dict[str, tuple[
 
 
 def two_token_axes(shapes: dict[str, tuple[int, ...]], patches: int, widths: set[int]) -> list[str]:
-    """Tensors with two axes of at least `patches` that are no channel widths."""
+    """Return the tensors with two axes of at least `patches` that are not channel widths."""
     return [n for n, s in shapes.items() if sum(size >= patches and size not in widths for size in s) >= 2]
 
 
 def test_no_tensor_of_a_sparse_layer_has_two_token_axes(bundle: Path, dense: Path) -> None:
-    # 100 patches, 101 tokens; channel widths 64, 192, 256, none of them a number of tokens. The image has pixels.
+    # 100 patches, 101 tokens. The channel widths 64, 192 and 256 differ from both; the image has pixel axes.
     widths = {160, 192, 256}
     image = smooth_images(160)
     assert two_token_axes(tensor_shapes(model_of(bundle), image), 100, widths) == []
@@ -141,8 +141,8 @@ def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path) -> None:
     ),
 )
 def test_architectures(name: str, options: dict[str, Any], keep: Any, tmp_path: Path) -> None:
-    """Layer scale, drawn at random here, is folded; any batch gives what each image gives, as torch does."""
-    made = student(name, SparsityConfig(keep=keep, cells=5, channels=8), **options)
+    """Random layer scale is folded; every batch gives the result of each image, as torch does."""
+    made = student(name, SparsityConfig(keep=keep, background_tokens=5, channels=8), **options)
     with torch.no_grad():
         for key, value in made.model.named_parameters():
             if "gamma" in key:
@@ -210,9 +210,9 @@ def test_structure_that_runtimes_refuse(bundle: Path, change: Any, message: str)
 def test_onnx_runtime_1_21_runs_every_structure(bundle: Path, dense: Path, tmp_path: Path) -> None:
     made = {"sparse": bundle, "dense": dense}
     for name, sparsity, options in (
-        ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, cells=0), {"img_size": 96}),
-        ("test_vit", SparsityConfig(keep=(0.3, 1), cells=5, channels=8), {}),
-        ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, cells=4, merge=(6, 0)), {"img_size": 112}),
+        ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, background_tokens=0), {"img_size": 96}),
+        ("test_vit", SparsityConfig(keep=(0.3, 1), background_tokens=5, channels=8), {}),
+        ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, background_tokens=4, merge=(6, 0)), {"img_size": 112}),
     ):
         made[name] = export_shallow(student(name, sparsity, **options), tmp_path / name, batch="dynamic")
     script = (

@@ -1,5 +1,7 @@
-"""Fewer tokens. Merging: pairs of what is alike, sizes and places carried along, outputs whole. Pruning: really
-removed, in order, in torch and in exported files, on both kinds of kernels.
+"""Tests of token merging and pruning, in torch and in exported files, with function bodies and native kernels.
+
+Merging: pairs of similar tokens, sizes and positions, full-size outputs. Pruning: tokens are removed and keep their
+order.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.defaults import default_cells, default_keep
+from sparsifiner_edge.sparse.defaults import default_background_tokens, default_keep
 from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.outputs import outputs_of
@@ -39,13 +41,13 @@ from tests.flat import load_student
 from tests.models import TINY, images, student, vit
 from tests.plain import evaluate_student
 
-MERGED = SparsityConfig(keep=0.4, cells=4, channels=8, merge=(12, 2))
+MERGED = SparsityConfig(keep=0.4, background_tokens=4, channels=8, merge=(12, 2))
 ALONE = SparsityConfig(keep=1, merge=(8,))
 
 
 @given(st.integers(2, 90), st.integers(0, 3), st.sampled_from([2, 8, 16]), st.floats(0, 0.5), st.integers(0, 99))
 def test_every_patch_goes_into_one_token(patches: int, prefix: int, window: int, share: float, seed: int) -> None:
-    """Of which the larger source gives the place; it is the mean of its patches, weighed by their sizes."""
+    """The larger source gives the position; a token is the mean of its patches weighted by size."""
     rng = torch.Generator().manual_seed(seed)
     tokens, merged = prefix + patches, max(1, int(share * patches))
     qkv, x = (torch.randn(2, tokens, width, generator=rng) for width in (3 * 2 * 4, 5))
@@ -69,7 +71,7 @@ def test_every_patch_goes_into_one_token(patches: int, prefix: int, window: int,
 
 @pytest.mark.parametrize("sparsity", [MERGED, ALONE], ids=["and read sparsely", "alone"])
 def test_torch_exports_what_merges(sparsity: SparsityConfig) -> None:
-    """No shape depends on values: where other runtimes (ExecuTorch) begin."""
+    """No shape depends on values, as runtimes such as ExecuTorch require."""
     model: Any = student(sparsity=sparsity).model.eval()
     x = images(model)
     exported = torch.export.export(model, (x,))
@@ -81,7 +83,7 @@ def test_torch_exports_what_merges(sparsity: SparsityConfig) -> None:
 
 
 def test_merging_what_is_equal_changes_nothing() -> None:
-    """Attention in proportion to sizes: equal tokens may merge without a trace."""
+    """Attention is proportional to sizes, so equal tokens merge without any effect."""
     dense, merged = vit(), vit()
     x = torch.full((1, 3, 160, 160), 0.3)
     for model in (dense, merged):
@@ -97,7 +99,7 @@ def test_rates() -> None:
     assert plan_of(SparsityConfig(merge=(9, 0)), 4, 100).merge == (9, 6, 3, 0)
     assert plan_of(SparsityConfig(merge=(5, 0, 2)), 3, 100).merge == (5, 0, 2)
     assert SparsityConfig(merge=(0, 0)).merge == ()
-    assert plan_of(SparsityConfig(merge=(40,)), 4, 100).merge == (25, 18, 14, 10)  # a quarter of what is there at most
+    assert plan_of(SparsityConfig(merge=(40,)), 4, 100).merge == (25, 18, 14, 10)  # at most a quarter of the tokens
     assert [parse_merge(text) for text in ("80", "160..0", "3, 2,1")] == [(80,), (160, 0), (3, 2, 1)]
     assert [merge_text(parse_merge(text)) for text in ("80", "160..0", "3,2,1")] == ["80", "160..0", "3,2,1"]
     for text in ("", "-1", "1..2..3", "4..", "3,,2", "²", "9999999999"):
@@ -109,7 +111,10 @@ def test_rates() -> None:
     ("settings", "message"),
     [
         ({"merge": (8,), "token_keep": ((1, 0.5),)}, "cannot be combined"),
-        ({"merge": (8,), "preset": "paper", "tile": 1, "probe": 1, "cells": 0, "value_power": 0.0}, "preset paper"),
+        (
+            {"merge": (8,), "preset": "paper", "tile": 1, "query_pool": 1, "background_tokens": 0, "value_power": 0.0},
+            "preset paper",
+        ),
         ({"merge": (8,), "merge_window": 7}, "merge_window is 7"),
         ({"merge": (-1,)}, r"merge\[0\] is -1"),
         ({"merge": (1, 2, 3)}, "has 3 rates: the model has 6 layers"),
@@ -139,7 +144,7 @@ def test_one_student_many_budgets(tmp_path: Path, tiny_weights: Path, pictures: 
 
 
 def test_what_is_left_open_suits_size_and_depth() -> None:
-    assert [default_cells(patches) for patches in (1, 256, 1369, 5476)] == [1, 24, 49, 49]
+    assert [default_background_tokens(patches) for patches in (1, 256, 1369, 5476)] == [1, 24, 49, 49]
     assert [default_keep(patches, 12) for patches in (256, 1369)] == [1.0, (0.1, 0.1, 0.2, 1.0)]
     assert default_keep(5476, 12) == (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0)
     assert default_keep(1369, 24) == (0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 1.0)
@@ -148,18 +153,18 @@ def test_what_is_left_open_suits_size_and_depth() -> None:
         plan_of(SparsityConfig(keep=default_keep(1369, depth)), depth, 1369)
 
     def made(**settings: Any) -> Any:
-        """Shares by layer only where tokens merge and nothing was asked for."""
+        """Layers have shares of their own only if tokens merge and no share was given."""
         sparsity = se.sparsify_model(vit(img_size=416), channels=8, **settings).sparsity  # 676 patches
-        return sparsity.keep, sparsity.cells
+        return sparsity.keep, sparsity.background_tokens
 
     assert made() == (0.25, 39)
     assert made(merge=8)[0] == default_keep(676, len(vit().blocks))
-    assert made(merge=8, keep=0.3, cells=5) == (0.3, 5)
+    assert made(merge=8, keep=0.3, background_tokens=5) == (0.3, 5)
     assert made(preset="paper")[0] == 0.25
 
 
 STAGES = ((1, 0.7), (3, 0.5))
-PRUNED = SparsityConfig(keep=0.4, cells=4, channels=8, token_keep=STAGES)
+PRUNED = SparsityConfig(keep=0.4, background_tokens=4, channels=8, token_keep=STAGES)
 PAPER = SparsityConfig.for_preset("paper", keep=0.3, channels=16, token_keep=STAGES)
 PRUNED_ALONE = SparsityConfig(keep=1, token_keep=STAGES)
 
@@ -188,7 +193,7 @@ def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
 
 @pytest.mark.parametrize(("sparsity", "batch"), first([(PRUNED, 1), (PAPER, "dynamic"), (PRUNED_ALONE, 1)]))
 def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:
-    # The export itself holds both kinds of kernels to torch, token by token.
+    # The export itself compares both kinds of kernels with torch, token by token.
     saved = save_student(student(sparsity=sparsity), tmp_path / "student")
     bundle = flat.export_bundle(saved, tmp_path / "bundle", batch=batch, tokens=True)
     manifest = manifest_of(bundle)
@@ -206,7 +211,7 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     outputs, missing = align(results[0], results[1])
     assert missing <= 1
     np.testing.assert_allclose(outputs["features"], results[1]["features"], atol=2e-2)
-    # Nothing is masked: the attention of later layers reads fewer tokens.
+    # There is no mask: attention of later layers reads fewer tokens.
     model = onnx.load(bundle / "model.onnx")
     attended = results_of(model, "Attention")
     read = file_runner(with_outputs(model, attended), "portable")(image)
@@ -218,7 +223,7 @@ def test_what_cannot_prune_is_refused(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(ConfigError, match="teacher prunes"):
         evaluate_student(folder, pictures, against=flat.export_bundle(folder, tmp_path / "bundle"))
     with pytest.raises(ConfigError, match="layer 9: the model has 6 layers"):
-        student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((9, 0.5),)))
+        student(sparsity=SparsityConfig(keep=0.5, background_tokens=4, channels=8, token_keep=((9, 0.5),)))
     with pytest.raises(ConfigError, match="requires a class token"):
         student(sparsity=PRUNED, class_token=False, global_pool="avg")
     with pytest.raises(ConfigError, match="tile 16 exceeds"):
@@ -227,10 +232,10 @@ def test_what_cannot_prune_is_refused(tmp_path: Path, pictures: Path) -> None:
         with pytest.raises(ConfigError, match=r"token_keep\[|tokens are pruned at"):
             dataclasses.replace(PRUNED, token_keep=wrong)
     assert parse_token_keep(" 3:.7, 6:.5 ") == ((3, 0.7), (6, 0.5))
-    with pytest.raises(ConfigError, match="require a student"):
+    with pytest.raises(ConfigError, match="require a sparse model"):
         flat.export_bundle(TINY, tmp_path / "x", keep=0.5)
     made, image = student(sparsity=PRUNED).model, torch.zeros(1, 3, 160, 160)
-    with pytest.raises(ConfigError, match="no maps of its layers"):
+    with pytest.raises(ConfigError, match="no intermediate feature maps"):
         made.forward_intermediates(image)
     set_budget(made, dataclasses.replace(PRUNED, token_keep=()))
     assert made.forward_intermediates(image, indices=1)[1][0].shape[-2:] == (10, 10)

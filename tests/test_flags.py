@@ -1,4 +1,4 @@
-"""What makes a measurement unreliable is flagged, each reason in its words, and nothing else is."""
+"""Tests of the flags for unreliable measurements: each cause has its message, and sound measurements have none."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def flagged(latency=CALM, warm_up=SETTLED, seen=None, on="cpu", others=0.04, ker
 
 def test_a_calm_measurement_has_no_flag():
     assert flagged() == {}
-    # A few outliers are no scatter, and noise is no drift.
+    # A few outliers are not scatter, and noise is not drift.
     assert flagged(np.where(np.random.default_rng(2).random(2000) < 0.02, 10.0, 1.0) * CALM) == {}
     assert flagged(np.tile(CALM, 3)) == {}
 
@@ -66,7 +66,7 @@ def look(mhz, throttled=(), count=0):
     ("looks", "expected"),
     [
         ([look(1500), look(1530)] * 2, []),
-        ([look(500), look(1500), look(1500), look(500)], []),  # Before and after it is an idle machine's.
+        ([look(500), look(1500), look(1500), look(500)], []),  # Power before and after is that of an idle machine.
         ([look(1500), look(1500), look(1100), look(1500)], ["clock-drift"]),
         ([look(1500), look(1500, ["cpu-throttle-alert"]), look(1500), look(1500)], ["throttled"]),
         ([look(1500), look(1500), look(1500), look(1500, count=3)], ["throttled"]),
@@ -99,7 +99,7 @@ def test_function_bodies_in_the_place_of_kernels(kernels, is_flagged):
 
 
 def test_the_documentation_and_the_page_name_every_flag_and_kind():
-    text = (Path(__file__).parents[1] / "docs/profiling.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs/measure.md").read_text(encoding="utf-8")
     source = Path(flags.__file__).read_text(encoding="utf-8")
     found = re.findall(r'Flag\("([a-z-]+)"', source)
     assert len(found) == 7

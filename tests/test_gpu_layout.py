@@ -1,4 +1,4 @@
-"""A board's layout in the place of a student's own: taken where images show that it may be, else the reason is said."""
+"""Tests of a board's layout for a sparse model: it is used if images confirm it, otherwise the reason is given."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.models import TINY_CONFIG, student
 
 
 def wide() -> Student:
-    """Of tile 16 and more cells than kernels have room for, nearly dense."""
-    return student(sparsity=dataclasses.replace(TINY_CONFIG, keep=0.9, cells=40))
+    """Nearly dense model of tile 16 with more background tokens than kernels support."""
+    return student(sparsity=dataclasses.replace(TINY_CONFIG, keep=0.9, background_tokens=40))
 
 
 def layout(made: Student) -> tuple[int, int]:
-    return made.sparsity.tile, made.sparsity.cells
+    return made.sparsity.tile, made.sparsity.background_tokens
 
 
 def test_tile_64_and_few_cells_are_taken_where_they_pass(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,13 @@ def test_tile_64_and_few_cells_are_taken_where_they_pass(pictures: Path, monkeyp
     assert layout(own) == (16, 40)
     taken, found = fit_to_gpus(own, images)
     assert found is not None
-    assert (layout(taken), found.tile, found.cells, found.images, found.refused) == ((64, 31), 16, 40, 3, None)
+    assert (layout(taken), found.tile, found.background_tokens, found.images, found.refused) == (
+        (64, 31),
+        16,
+        40,
+        3,
+        None,
+    )
     assert 0.97 <= (found.cosine or 0) < 1
     assert taken.model.blocks[0].attn.sparsity.tile == 64
     assert layout(own) == (own.model.blocks[0].attn.sparsity.tile, 40) == (16, 40)
@@ -39,9 +45,9 @@ def test_tile_64_and_few_cells_are_taken_where_they_pass(pictures: Path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "judged", "why"),
     [
-        ({}, False, "give some with --calibrate DIR"),
-        ({"token_keep": ((0, 0.5),)}, True, "other tokens are pruned"),
-        ({"keep": 0.1}, True, "allowed 0.999999"),
+        ({}, False, "give a folder with --calibrate DIR"),
+        ({"token_keep": ((0, 0.5),)}, True, "prunes other tokens"),
+        ({"keep": 0.1}, True, "at least 0.999999 is needed"),
     ],
 )
 def test_what_cannot_be_judged_or_fails_is_kept(changes, judged, why, pictures, monkeypatch):

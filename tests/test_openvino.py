@@ -1,4 +1,4 @@
-"""OpenVINO, for every kind of student in its graph, plain and int8, in fp32 and bf16; operators in C++ and Python."""
+"""Tests of OpenVINO with every kind of sparse model, float and int8, in fp32 and bf16; operators in C++ and Python."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ import onnx.parser
 import pytest
 
 from sparsifiner_edge import doctor
-from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.errors import BackendError, MissingExtraError, SlowKernelsWarning
 from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops import native, reference
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.runtime import openvino as session_module
+from sparsifiner_edge.runtime import session as runtime_session
 from sparsifiner_edge.runtime.openvino import import_openvino
 from sparsifiner_edge.sparse.student import save_student
 from tests import flat
@@ -40,14 +41,14 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "int8": {"precision": "int8"},
     "fp16": {"precision": "fp16"},
 }
-"""One of `KINDS`, or what differs from "edge"."""
+"""A name in `KINDS`, or the differences from "edge"."""
 Bundles = Callable[[str], Path]
-"""One of `STUDENTS` -> its bundle."""
+"""Maps a name in `STUDENTS` to its bundle."""
 
 
 @pytest.fixture(scope="module")
 def bundles(once: Once, pictures: Path) -> Bundles:
-    """Of each of `STUDENTS`, exported when it is first asked for; its student lies beside it."""
+    """Bundles of `STUDENTS`, exported on first use next to their sparse models."""
 
     def exported(name: str) -> Path:
         options = STUDENTS[name] | ({"calibrate": pictures} if name == "int8" else {})
@@ -71,7 +72,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("name", first(STUDENTS, 2))
 def test_gives_what_onnx_runtime_gives(bundles: Bundles, name: str, kernels: str) -> None:
     if name == "fp16" and kernels == "native":
-        with pytest.raises(BackendError, match="The native kernels take no float16"):
+        with pytest.raises(BackendError, match="The native kernels do not support float16"):
             flat.open_session(bundles(name), "openvino", kernels=kernels)
         return
     how = {"threads": 2, "kernels": kernels}
@@ -83,7 +84,7 @@ def test_gives_what_onnx_runtime_gives(bundles: Bundles, name: str, kernels: str
         assert [spec.name for spec in theirs.inputs + theirs.outputs] == [s.name for s in ours.inputs + ours.outputs]
         assert theirs.outputs[0].dtype == ours.outputs[0].dtype
         described = theirs.description
-    # The paper's lists have ties.
+    # The paper's key lists contain ties.
     least = {"int8": 0.98, "fp16": 0.98, "paper": 0.999}.get(name, 0.99999)
     for output, value in wanted.items():
         assert got[output].shape == value.shape
@@ -97,12 +98,12 @@ def test_gives_what_onnx_runtime_gives(bundles: Bundles, name: str, kernels: str
         assert described.kernels == f"native, {native.target()}; function bodies: LandmarkKeySelect"
     else:
         assert described.kernels == f"native, {native.target()}"
-    int8 = "int8, rest fp32" if has_int8_products() else "int8, run in fp32: this processor's products of int8 saturate"
+    int8 = "int8, rest fp32" if has_int8_products() else "int8, run in fp32: int8 products saturate on this CPU"
     assert described.precision == {"int8": int8, "fp16": "fp16, run in fp32"}.get(name, "fp32")
 
 
 def answers_of_attention(session: Any) -> set[str]:
-    """What attention's nodes give to OpenVINO's."""
+    """Return the outputs of attention nodes as OpenVINO computes them."""
     nodes = [node.get_rt_info() for node in session._compiled.get_runtime_model().get_ops()]
     named = {str(info["originalLayersNames"].astype(str)): info for info in nodes if "originalLayersNames" in info}
     return {info["outputPrecisions"].astype(str) for name, info in named.items() if "Attention" in name}
@@ -111,7 +112,7 @@ def answers_of_attention(session: Any) -> set[str]:
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 @pytest.mark.parametrize("name", first(["edge", "some dense", "dense", "int8"]))
 def test_bf16_is_what_really_runs(bundles: Bundles, name: str) -> None:
-    bf16 = flat.open_session(bundles(name), "openvino", precision="bf16")
+    bf16 = flat.open_session(bundles(name), "openvino", compute_precision="bf16")
     with flat.open_session(bundles(name), "openvino") as exact, bf16 as session:
         image = np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)
         wanted, got = exact.infer({"image": image}), session.infer({"image": image})
@@ -120,13 +121,13 @@ def test_bf16_is_what_really_runs(bundles: Bundles, name: str) -> None:
             attention = f", attention in {'bfloat16' if native.target() in BF16_SETS else 'float32'}"
             assert session.description.kernels == f"native, {native.target()}{attention}"
             assert answers_of_attention(session) == {"bf16" if native.target() in BF16_SETS else "f32"}
-    # Random weights have close calls among keys and pairs.
+    # Random weights have near ties among keys and pairs.
     assert all(cosine(got[output], value) > 0.9 for output, value in wanted.items())
     assert any((got[output] != value).any() for output, value in wanted.items())
 
 
 def test_an_inlined_file_runs_without_us(bundles: Bundles) -> None:
-    """As docs/cpu.md makes it."""
+    """Inlined as described in docs/cpu.md."""
     image = np.random.default_rng(0).integers(0, 256, (1, 160, 160, 3), dtype=np.uint8)
     core, file = import_openvino().Core(), bundles("some dense") / "model.onnx"
     with pytest.raises(RuntimeError, match="sparsifiner"):
@@ -139,22 +140,22 @@ def test_an_inlined_file_runs_without_us(bundles: Bundles) -> None:
 
 
 def test_a_precision_that_the_processor_or_an_operator_lacks_is_refused(bundles: Bundles) -> None:
-    why = r"runs \w+ in no fp16" if "FP16" in KNOWN else r"no fp16 arithmetic \(OpenVINO: .*FP32"
-    with pytest.raises(BackendError, match=rf"(?s){why}.*Leave --precision out"):
-        flat.open_session(bundles("edge"), "openvino", precision="fp16")
+    why = r"cannot run \w+ in fp16" if "FP16" in KNOWN else r"no fp16 arithmetic \(OpenVINO: .*FP32"
+    with pytest.raises(BackendError, match=rf"(?s){why}.*Leave --compute-precision out"):
+        flat.open_session(bundles("edge"), "openvino", compute_precision="fp16")
 
 
 @pytest.mark.parametrize(
     "precision", ["auto", pytest.param("bf16", marks=pytest.mark.skipif("BF16" not in KNOWN, reason="no bf16"))]
 )
 def test_signals_are_handled_where_they_were_before(precision: str, bundles: Bundles) -> None:
-    """In a process of its own: OpenVINO frees what it gives a thread's handlers, and the next signal would end it."""
+    """Runs in its own process: OpenVINO can crash it at the next signal by freeing data of a thread's handlers."""
     code = (
         "import gc, os, signal, sys\n"
         "from sparsifiner_edge import Execution, open_session\n"
         "heard = []\n"
         "signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))\n"
-        "open_session(sys.argv[1], Execution(backend='openvino', precision=sys.argv[2])).close()\n"
+        "open_session(sys.argv[1], Execution(backend='openvino', compute_precision=sys.argv[2])).close()\n"
         "gc.collect()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         "print(len(heard))\n"
@@ -194,9 +195,13 @@ def test_without_an_extension_for_this_openvino_python_calls_the_operators(
         assert session.description.kernels == f"native, {native.target()}"
     monkeypatch.setattr(session_module, "extension", lambda: None)
     monkeypatch.setattr(doctor, "extension", lambda: None)
-    with flat.open_session(bundles(name), "openvino", threads=2) as session:
+    runtime_session._warn_slow.cache_clear()
+    with (
+        flat.open_session(bundles(name), "openvino", threads=2) as session,
+        pytest.warns(SlowKernelsWarning, match=r"from Python, which is slower\. .*pip install --force-reinstall"),
+    ):
         got = session.infer({"image": image})
-        assert session.description.kernels == f"native, {native.target()}, called from Python"
+    assert session.description.kernels == f"native, {native.target()}, called from Python"
     assert all((got[output] == value).all() for output, value in wanted.items())
     assert "called from Python" in doctor.examine().backends["openvino"].reason
 
@@ -221,7 +226,7 @@ def test_an_extension_is_of_one_openvino_and_whole(tmp_path: Path, monkeypatch: 
 
 
 def test_nodes_that_differ_in_an_attribute_are_two_and_a_file_cannot_say_its_precision() -> None:
-    """OpenVINO takes nodes alike for one."""
+    """OpenVINO merges nodes that it takes for equal."""
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20, "{DOMAIN}": {VERSION}]>
         two (float[1, 9, 24] qkv, float[1, 9] sizes) => (float[1, 9, 8] soft, float[1, 9, 8] sharp) {{
@@ -240,7 +245,7 @@ def test_nodes_that_differ_in_an_attribute_are_two_and_a_file_cannot_say_its_pre
 
 
 def test_nothing_compiled_is_kept(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO would run it unchecked."""
+    """OpenVINO would run a cached model unchecked."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for kernels in ("native", "portable"):
         flat.open_session(bundles("edge"), "openvino", kernels=kernels).close()

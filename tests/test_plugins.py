@@ -1,4 +1,4 @@
-"""A package from outside, as docs/architecture.md prints it, adds a backend, a library of models and a metric."""
+"""Tests of an external package, as in docs/architecture.md, that adds a backend, a model library and a metric."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_package_from_outside(mylab: None, tmp_path: Path, pictures: Path) -> 
     model, x = masked(), torch.rand(2, 3, 160, 160)
     with torch.no_grad():
         expected = model(x)
-        se.sparsify_model(model, keep=0.999, cells=4, channels=8, calibrate=x)
+        se.sparsify_model(model, keep=0.999, background_tokens=4, channels=8, calibrate=x)
         torch.testing.assert_close(model(x), expected, atol=1e-2, rtol=1e-2)
     bundle = open_bundle(flat.export_model(model, x[:1], tmp_path / "bundle"))
     assert "sparsifiner::SparseAttention" in bundle.manifest.ops

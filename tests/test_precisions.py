@@ -1,6 +1,4 @@
-"""float16 and int8 exports: what is stored in which type, how far it is from float32, and what happens when it is too
-far.
-"""
+"""Tests of float16 and int8 exports: stored types, error against float32 and the reaction to too large an error."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ def small_file(kind: str) -> onnx.ModelProto:
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
-    """Element type of every tensor of the graph, bodies' results included."""
+    """Return the element type of every tensor of the graph, including results inside function bodies."""
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     values = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
     return {v.name: v.type.tensor_type.elem_type for v in values} | {
@@ -63,7 +61,7 @@ def test_islands_stay_float32_and_the_rest_does_not(kind: str) -> None:
         floats = {types[name] for name in node.input if types.get(name) in (TensorProto.FLOAT, TensorProto.FLOAT16)}
         if node.op_type in ("LayerNormalization", "Softmax", "Conv", "TopK"):
             assert floats <= {TensorProto.FLOAT}, node  # TopK also sorts indices.
-        if node.domain == "sparsifiner":  # Sizes alone are float32 by their schema.
+        if node.domain == "sparsifiner":  # Resize's sizes are float32 by its schema.
             for name, tensor in zip(node.input, OPERATORS[node.op_type].inputs, strict=True):
                 own = {("float32",): TensorProto.FLOAT, ("int32",): TensorProto.INT32}
                 assert types[name] == own.get(tensor.dtypes, TensorProto.FLOAT16), node
@@ -104,12 +102,12 @@ def test_a_bundle_says_what_it_is_and_what_ran(exported: Path, tmp_path: Path) -
         together = session.infer({"image": smooth_images(160, 3)})["logits"]
         alone = session.infer({"image": smooth_images(160, 3)[1:2]})["logits"]
     np.testing.assert_allclose(together[1:2], alone, atol=2e-2 * np.ptp(alone))
-    with pytest.raises(BackendError, match="native kernels take no float16"):
+    with pytest.raises(BackendError, match="native kernels do not support float16"):
         flat.open_session(made, kernels="native")
 
 
 def scaled(model: onnx.ModelProto, place: int, largest: float) -> str:
-    """The name of a linear layer's weights, scaled so that their largest is this."""
+    """Scale the weights of a linear layer to this maximum and return their name."""
     weights = {t.name: t for t in model.graph.initializer}
     tensor = [weights[n.input[1]] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights][place]
     values = numpy_helper.to_array(tensor)
@@ -119,7 +117,7 @@ def scaled(model: onnx.ModelProto, place: int, largest: float) -> str:
 
 def test_what_float16_cannot_hold_or_is_too_far_is_a_failed_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = small_file("dense"), [smooth_images(160)]
-    scaled(model, -2, 10)  # The weights fit; what they make does not.
+    scaled(model, -2, 10)  # The weights fit, their results overflow.
     scaled(model, -1, 6e4)
     with pytest.raises(GateError, match=r"Activations of '\w+' reach \d\.\d+e\+0\d, beyond float16"):
         fp16.to_fp16(model, images)
@@ -148,7 +146,7 @@ def test_every_linear_layer_and_nothing_else_is_int8(
     )
     found = manifest_of(made)["quantisation"]
     assert (found["calibrated"], found["held_out"]) == (8, 4)
-    assert found["quantised"] + len(found["kept"]) == 4 * 6  # qkv, proj, fc1 and fc2; the head stays
+    assert found["quantised"] + len(found["kept"]) == 4 * 6  # qkv, proj, fc1 and fc2; the head stays float
     assert min(found["cosines"].values()) >= int8.LEAST_MEAN_COSINE
     model = onnx.load(made / "model.onnx")
     kinds = [node.op_type for node in model.graph.node]
@@ -163,7 +161,7 @@ def test_every_linear_layer_and_nothing_else_is_int8(
         values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         assert all(int(values[name]) == 0 for name in zero_points)
     scales = [t for t in model.graph.initializer if t.name.endswith("_scale") and len(t.dims) == 1]
-    assert len(scales) >= found["quantised"]  # one per channel of each weight
+    assert len(scales) >= found["quantised"]  # one scale per channel of each weight
     with flat.open_session(made) as session:
         assert session.description.precision == f"int8, rest {'fp32' if target == 'cpu' else 'fp16'}"
         check_golden(session, open_bundle(made))
@@ -176,7 +174,7 @@ def test_every_linear_layer_and_nothing_else_is_int8(
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_int8_products_do_not_saturate(backend: str) -> None:
-    """Pairs of the largest uint8 x int8, whose sum exceeds 16 bits: processors without VNNI would cut them off."""
+    """Pairs of the largest uint8 x int8, whose sum exceeds 16 bits: processors without VNNI would saturate."""
     helper, types = onnx.helper, TensorProto
     weight = np.full((64, 32), 127, np.int8)
     weight[:, ::2] = -127
@@ -207,7 +205,7 @@ def test_int8_products_do_not_saturate(backend: str) -> None:
 
 
 def test_channels_that_exceed_all_others_cost_nothing(exported: Path) -> None:
-    """The same function in float32, with one channel of each normalisation's output 100 times as large."""
+    """The same function in float32, with one channel of each normalisation output 100 times as large."""
     plain, loud = (onnx.load(exported / "bundle" / "model.onnx") for _ in range(2))
     images = [smooth_images(160, seed=20 + n) for n in range(6)]
     weights = {tensor.name: tensor for tensor in loud.graph.initializer}
@@ -238,13 +236,13 @@ def test_what_merges_is_no_error_of_the_layers(exported: Path, tmp_path: Path, m
     given = {name: outputs.pop(name) for name in matches}
     for name, values in file_runner(with_matches(model))(image, given).items():
         np.testing.assert_array_equal(values, outputs[name])
-    # Noise, whose patches are all as alike: rounding decides, unless the layers that matter most stay in float32.
+    # Noise has similar patches, so rounding decides unless the most sensitive layers stay in float32.
     images = list(np.random.default_rng(0).integers(0, 256, (3, 1, 160, 160, 3), dtype=np.uint8))
     _, found = int8.quantise(onnx.load(merged / "model.onnx"), images)
     assert 0 < len(found.kept) <= 6
     assert min(found.own_matches_cosines.values()) >= LEAST_FREE_COSINE
     monkeypatch.setattr(int8, "MAX_FLOAT_SHARE", 0)
-    with pytest.raises(GateError, match=r"where its own matches merge, with 0 of 24 linear layers left"):
+    with pytest.raises(GateError, match=r"with its own merge matches, with 0 of 24 linear layers left"):
         int8.quantise(onnx.load(merged / "model.onnx"), images)
     monkeypatch.setattr(int8, "LEAST_FREE_COSINE", 0)
     _, found = int8.quantise(onnx.load(merged / "model.onnx"), images)

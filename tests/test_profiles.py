@@ -1,4 +1,4 @@
-"""Profiles of real bundles: latency, memory, energy beside them, and what ends a measurement well all the same."""
+"""Tests of profiles of real bundles: latency, memory, energy, comparisons and interrupted measurements."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.tiny import make_bundle
 
 MB, WATTS = 1 << 20, 10.0
 BARE = {"threads": 1, "layers": False, "power": False}
-"""Latency and memory alone, on one thread."""
+"""Latency and memory only, on one thread."""
 BRIEF = {"seconds": 0.05, "min_queries": 1, **BARE}
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    """`slow` has eight times the MatMuls of `fast`, and little else in it costs time."""
+    """`slow` has eight times the MatMuls of `fast`; everything else takes little time."""
     folder = tmp_path_factory.mktemp("profiles")
     return {
         "fast": make_bundle(folder / "fast", depth=2, width=256, size=16),
@@ -55,7 +55,7 @@ def test_a_profile_is_a_whole_result(bundles):
     assert figures["latency_ms"]["p50"]["value"] == pytest.approx(np.median(latency))
     assert figures["throughput_per_s"]["value"] == pytest.approx(1000 / np.mean(latency))
     assert min(figures["load_ms"], figures["first_inference_ms"]) > 0
-    assert "not asked for" in figures["energy"]["unavailable"]
+    assert "not requested" in figures["energy"]["unavailable"]
     assert list(result["samples"]) == ["subject"]
     assert result["method"]["runtime"]["subject"]["threads"] == 1
     assert result["method"]["input_shapes"] == {"image": [1, 16, 16, 3]}
@@ -64,16 +64,16 @@ def test_a_profile_is_a_whole_result(bundles):
 
 
 def test_the_faster_bundle_is_found_faster(bundles):
-    for seconds in (1.0, 4.0):  # a verdict needs independent rounds, which a busy machine gives late
+    for seconds in (1.0, 4.0):  # a verdict needs independent rounds, which come late on a busy machine
         result = profile_bundle(bundles["fast"], against=bundles["slow"], seconds=seconds, **BARE)
         comparison = result["statistics"]["comparison"]
         if comparison["verdict"] == "faster":
             break
     assert result["kind"] == "comparison"
     assert comparison["verdict"] == "faster"
-    # Eight times the MatMuls, beside a little that is the same in both.
+    # Eight times the MatMuls, plus a little that both share.
     assert 3 < comparison["ratio"]["low"] <= comparison["ratio"]["value"] <= comparison["ratio"]["high"]
-    # Where other programs want the core, the longer queries are interrupted and the shorter ones are not.
+    # If other programs need the core, longer queries are interrupted and shorter ones are not.
     others = {flag["flag"] for flag in result["statistics"]["against"]["flags"]}
     assert comparison["ratio"]["high"] < 12 or "other-load" in others
     kernels = {role: runtime["kernels"] for role, runtime in result["method"]["runtime"].items()}
@@ -87,8 +87,8 @@ def test_peak_memory_holds_the_weights(tmp_path, bundles):
         figures = profile_bundle(folder, seconds=0.1, **BARE)["statistics"]["subject"]
         peak[name] = figures["peak_memory_bytes"]
         assert peak[name] >= figures["rss_before_load_bytes"] > 0
-        assert "other programs included" in figures["device_source"]
-    # Once the weights, at most the file beside them while it is read.
+        assert "including other programs" in figures["device_source"]
+    # The weights once, at most with the file while it is read.
     assert 190 * MB < peak["heavy"] - peak["light"] < 450 * MB
 
 
@@ -99,7 +99,7 @@ def test_few_queries_are_said_to_be_few(bundles):
 
 
 flicker = np.random.default_rng(0)
-"""A sensor that reads the same to the last digit is taken for frozen."""
+"""Noise of readings: a sensor that repeats the same digits counts as frozen."""
 
 
 def steady():
@@ -108,7 +108,7 @@ def steady():
 
 def observed(monkeypatch, read, bundle, averaging_s=0.0, **settings):
     def find(on):
-        assert on == "cpu"  # where ONNX Runtime's default backend runs: an idle card's power would say nothing
+        assert on == "cpu"  # the default backend of ONNX Runtime: the power of an idle card would mean nothing
         return PowerSensor("made up", "VDD_IN", 0.02, read, averaging_s=averaging_s)
 
     monkeypatch.setattr(observation, "find_sensor", find)
@@ -124,11 +124,11 @@ def test_energy_is_power_times_the_time_of_ones_own_queries(monkeypatch, bundles
         energy, figures = statistics[role]["energy"], statistics[role]
         gross = energy["gross_j_per_inference"]["value"]
         seconds = sum(result["samples"][role]["latency_ms"]) / 1000
-        # The window of a block holds the loop around its queries too.
+        # A block's window includes the loop around its queries.
         assert 1.0 <= energy["window_s"] / seconds < 1.2
         assert gross == pytest.approx(WATTS * energy["window_s"] / figures["queries"], rel=0.01)
         assert energy["net_j_per_inference"]["value"] == pytest.approx(0.0, abs=0.02 * gross)
-    # Each has its own time, not the whole run's: their energies differ as their latencies do.
+    # Each uses its own time, not that of the run: energies differ as latencies do.
     gross = [statistics[role]["energy"]["gross_j_per_inference"]["value"] for role in ("subject", "against")]
     mean = [statistics[role]["latency_ms"]["mean"]["value"] for role in ("subject", "against")]
     assert gross[0] / gross[1] == pytest.approx(mean[0] / mean[1], rel=0.1)
@@ -140,8 +140,8 @@ def test_energy_is_power_times_the_time_of_ones_own_queries(monkeypatch, bundles
 def test_each_side_is_flagged_for_what_ran_it(monkeypatch, bundles):
     flagged = Mock(return_value=[])
     monkeypatch.setattr(observation, "flags_of", flagged)
-    monkeypatch.setattr(Execution, "on_processor", property(lambda execution: execution.precision == "auto"))
-    sides = {"against": bundles["fast"], "against_execution": Execution(precision="fp32")}
+    monkeypatch.setattr(Execution, "on_processor", property(lambda execution: execution.compute_precision == "auto"))
+    sides = {"against": bundles["fast"], "against_execution": Execution(compute_precision="fp32")}
     profile_bundle(bundles["fast"], seconds=0.1, **sides, **BARE)
     assert [call.args[3] for call in flagged.call_args_list] == ["cpu", "gpu"]
 
@@ -203,7 +203,7 @@ def test_the_table_shows_both_and_what_ran(bundles):
 
 
 DEPTH = 6
-"""Of the tiny model."""
+"""Layers of the tiny model."""
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def exported(once, tiny_weights):
     from tests.models import TINY
 
     def make(folder):
-        student = sparsify(TINY, folder / "student", weights=tiny_weights, cells=4, token_keep=((3, 0.7),))
+        student = sparsify(TINY, folder / "student", weights=tiny_weights, background_tokens=4, token_keep=((3, 0.7),))
         export_bundle(student, folder / "sparse")
         export_bundle(TINY, folder / "dense", weights=tiny_weights)
 
@@ -234,13 +234,13 @@ def test_selection_stands_apart_from_attention_in_every_layer(exported, kernels)
     selections = [row for row in rows if (row.kind, row.op) == ("selection", "KeySelect")]
     attentions = [row for row in rows if (row.kind, row.op) == ("attention", "SparseAttention")]
     assert [row.layer for row in selections] == [row.layer for row in attentions] == list(range(DEPTH))
-    # One kernel, or the many nodes of a function's body.
+    # One kernel, or the many nodes of a function body.
     assert all((row.nodes == 1) == (kernels == "native") for row in selections + attentions)
     assert {"Softmax", "TopK", "Gather"} <= {row.op for row in rows if (row.kind, row.layer) == ("selection", 3)}
 
 
 def test_a_costly_part_is_found_costly(bundles):
-    """A file without attention has no layers; its products are most of its time."""
+    """A file without attention has no layers; MatMuls take most of its time."""
     rows = measured(bundles["slow"], "portable")
     assert sum(row.ms for row in rows if "MatMul" in row.op) > 0.7 * sum(row.ms for row in rows)
     assert all(row.layer is None and row.kind == "other" for row in rows)

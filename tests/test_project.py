@@ -1,5 +1,6 @@
-"""The project itself: a base install that stays light, what its pages promise; and what lies at the root in
-`export/`, `runtime/` and `profiles/`, found in every kind of install, by a real build.
+"""Tests of the project: a light base install, claims of its pages, and the data folders in every kind of install.
+
+The folders `export/`, `runtime/` and `profiles/` at the root must be found after a real build.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def test_lower_bounds_are_past_the_known_holes() -> None:
     bounds: dict[str, list[Version]] = {}
     for requirement in map(Requirement, re.findall(r'"([a-z0-9-]+>=[^"]*)"', (ROOT / "pyproject.toml").read_text())):
         bounds.setdefault(requirement.name, []).extend(Version(s.version) for s in requirement.specifier)
-    table = (ROOT / "docs" / "dependencies.md").read_text()
+    table = (ROOT / "docs" / "security.md").read_text()
     rows = re.findall(r"^\| ([a-z0-9-]+) \| ((?:CVE|GHSA)-\S+) \| (\S+) \|", table, re.MULTILINE)
     assert len(rows) > 20
     for package, hole, mended in rows:
@@ -106,7 +107,7 @@ JETSON = ("jetson", "cpu", "camera", "openvino", "report", "sign", "triton")
 
 
 def wanted(*extras: str) -> dict[str, Requirement]:
-    """Packages of the base install and of extras by name, what extras name each other for included."""
+    """Return packages of the base install and of extras by name, with extras resolved."""
     texts = [*PROJECT["dependencies"], *(text for extra in extras for text in EXTRAS[extra])]
     found: dict[str, Requirement] = {}
     for requirement in map(Requirement, texts):
@@ -132,7 +133,7 @@ def test_the_page_for_jetsons_brings_no_tensorrt_and_no_newer_cuda() -> None:
 @pytest.mark.parametrize(
     ("extras", "package", "taken", "refused"),
     [
-        # Without a version in its name an extra is for CUDA 12.
+        # An extra without a version in its name is for CUDA 12.
         ("gpu tensorrt tensorrt-rtx gpu-cu12 tensorrt-cu12 jetson", "cuda-python", "12.6.2 12.9.10", "13.0.0"),
         ("gpu-cu13 tensorrt-cu13", "cuda-python", "13.4.4", "12.9.10"),
         ("gpu", "onnxruntime-gpu", "1.21.0 1.26.0", "1.27.0 1.31.1"),
@@ -143,12 +144,12 @@ def test_extras_by_cuda(extras: str, package: str, taken: str, refused: str) -> 
     for extra in extras.split():
         versions = wanted(extra)[package].specifier
         assert [version for version in f"{taken} {refused}".split() if version in versions] == taken.split()
-        assert "tensorrt" not in wanted(extra)  # it means tensorrt-cu13
+        assert "tensorrt" not in wanted(extra)  # tensorrt-cu13 is intended
     assert "tensorrt-cu12" in wanted("tensorrt")
 
 
 def test_what_pip_is_to_install_is_a_checkout_or_a_file() -> None:
-    """The package is on no index; one function makes the lines of messages."""
+    """The package is on no index; one function formats the install commands of all messages."""
     name = re.compile(r"pip install [^`\n]*sparsifiner[-_]edge\[")
     assert [str(path) for path in PAGES if name.search(path.read_text(encoding="utf-8"))] == []
     assert pip_install("cpu") in (f"pip install '{ROOT}[cpu]'", 'pip install ".[cpu]" in a checkout')
@@ -168,7 +169,7 @@ INSTALLED = {
     "triton": "export/triton",
     "gstreamer": "export/gstreamer",
 }
-"""Folder of the installed package to where it comes from."""
+"""Maps a folder of the installed package to its source."""
 LOOK = """
 import importlib.resources, json, pathlib, sys
 import sparsifiner_edge
@@ -190,18 +191,18 @@ print(json.dumps({
 
 
 def test_an_editable_install_reads_the_folders_themselves() -> None:
-    """The install that tests run in. The root is no part of the package: its folders would be modules."""
+    """The install that tests run in. The root is not part of the package: its folders would become modules."""
     for name, source in INSTALLED.items():
         assert Path(str(importlib.resources.files(f"sparsifiner_edge.{name}"))) == ROOT / source
     assert str(ROOT) not in sparsifiner_edge.__path__
 
 
 def agrees(wheel: Path, folder: Path, *, library: bool) -> None:
-    """That the package which a wheel installs, without the install that tests run in, has all that the folders hold."""
+    """Assert that an installed wheel, without the editable install, holds all files of the folders."""
     into = folder / "installed"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", into, wheel]
     subprocess.run(command, check=True, cwd=folder)
-    # Without `site` no editable install is found; what the package needs is.
+    # Without `site` no editable install is found, but the dependencies of the package are.
     paths = {"PYTHONPATH": os.pathsep.join([str(into), *filter(None, sys.path)])}
     look = [sys.executable, "-S", "-c", LOOK, *INSTALLED]
     said = subprocess.run(look, check=True, cwd=folder, capture_output=True, text=True, env=os.environ | paths).stdout
@@ -215,7 +216,7 @@ def agrees(wheel: Path, folder: Path, *, library: bool) -> None:
 
 
 def build(source: Path, folder: Path, **environment: str) -> Path:
-    """The wheel of a source tree or archive."""
+    """Build the wheel of a source tree or archive."""
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "-w", folder, source], check=True, env=os.environ | environment)
     (wheel,) = folder.glob("*.whl")
@@ -240,7 +241,15 @@ def test_a_wheel_of_an_archive(tmp_path: Path) -> None:
 
 @pytest.mark.everything
 def test_a_wheel_without_a_compiler(tmp_path: Path) -> None:
-    """CMake fails, and is left out: the package is pure Python, with all its data."""
+    """CMake fails and is skipped: the package is pure Python with all its data."""
     wheel = build(ROOT, tmp_path, CXX="/bin/false")
     assert wheel.name.endswith("-py3-none-any.whl")
     agrees(wheel, tmp_path, library=False)
+
+
+def test_tables_and_figures_of_the_documentation_are_those_of_the_results() -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "figures.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"profiles/results/\S+\.json\)", text)) > 20

@@ -1,4 +1,7 @@
-"""What commands refuse, with what to do and without a trace: sources, sizes, normalisations, metrics and trainings."""
+"""Tests of input that commands reject, with a remedy and without leftover files.
+
+Covered: sources, sizes, normalisations, metrics and trainings.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ DISTILL = "distill {student} --data {folder} -o {out}"
 def places(
     once: Once, feature_weights: Path, folder: Path, pictures: Path, tiny_student: Path, tiny_bundle: Path
 ) -> dict[str, Path]:
-    """What lines name: students, a bundle, models of transformers and images; of labelled ones the cats alone, too."""
+    """Files of the commands below: sparse models, a bundle, transformers models, images, a folder of one class."""
 
     def make(place: Path) -> None:
-        se.sparsify(TINY, place / "features", weights=feature_weights, cells=4)
+        se.sparsify(TINY, place / "features", weights=feature_weights, background_tokens=4)
         se.sparsify(f"{F}:Masked", place / "masked", keep=0.5, channels=8)
         saved(model("DINOv2"), place / "dinov2")
         saved(model("CLIP"), place / "clip")
@@ -43,14 +46,14 @@ def places(
     ("line", "said"),
     [
         (f"sparsify {F}:fails -o {{out}}", f"{F}:fails failed: RuntimeError: no such checkpoint."),
-        (f"sparsify {F}:number -o {{out}}", "made a int"),
-        (f"sparsify {F}:Depth --img-size 154 -o {{out}}", "made a model of 140: it takes no img_size"),
-        (f"sparsify {F}:stubborn --img-size 96 -o {{out}}", "was asked for 96 pixels and made a model of 160"),
-        (f"sparsify {F}:Segmenter --weights x.pth -o {{out}}", "--weights are for timm's names"),
+        (f"sparsify {F}:number -o {{out}}", "returned a int"),
+        (f"sparsify {F}:Depth --img-size 154 -o {{out}}", "pixels instead of 154: it has no parameter img_size"),
+        (f"sparsify {F}:stubborn --img-size 96 -o {{out}}", "returned a model for 160 pixels instead of 96"),
+        (f"sparsify {F}:Segmenter --weights x.pth -o {{out}}", "--weights applies to timm names only"),
         ("sparsify {dinov2} --img-size 150 -o {out}", "150 is not a multiple of the patch size 14. Use 154"),
-        ("sparsify {clip} --img-size 96x160 -o {out}", "CLIP takes squares alone"),
-        (f"export {F}:TokensToo --tokens -o {{out}}", "'tokens' bears the name of its backbone's"),
-        (f"sparsify {F}:Inside -o {{out}}", f"{F}:Inside does not say what its module"),
+        ("sparsify {clip} --img-size 96x160 -o {out}", "CLIP supports square images only"),
+        (f"export {F}:TokensToo --tokens -o {{out}}", "'tokens', which is the name of its backbone's tokens"),
+        (f"sparsify {F}:Inside -o {{out}}", f"{F}:Inside declares no image_mean"),
         (f"export {F}:Inside -o {{out}}", "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"),
         (f"evaluate {{bundle}} --against {F}:Inside --data {{pictures}}", "--no-normalise"),
         (f"sparsify {F}:Inside --mean 0,0,0 -o {{out}}", "Give --mean and --std, or --no-normalise alone"),
@@ -60,26 +63,26 @@ def places(
         ("export {student} --no-normalise -o {out}", "a student or bundle has its own"),
         (KNN, "require labelled images"),
         (f"{EVALUATE} --metric top1", "has no logits"),
-        (f"{EVALUATE} --gallery {{folder}}", "require another metric"),
-        (f"{KNN} --gallery {{folder}} --head {{out}}", "by the metric linear"),
-        (f"{KNN} --gallery {{folder}} --data {{pictures}}", "no folder of their class"),
+        (f"{EVALUATE} --gallery {{folder}}", "requires a metric that learns"),
+        (f"{KNN} --gallery {{folder}} --head {{out}}", "requires the metric linear"),
+        (f"{KNN} --gallery {{folder}} --data {{pictures}}", "outside of class folders"),
         (f"{EVALUATE} --metric knn --gallery {{others}}", "unknown class 'wolves'"),
         (f"{EVALUATE} --metric knn --gallery {{few}}", "no image of 'dogs'"),
         (f"{EVALUATE} --metric top1 --gallery {{folder}}", "uses the classifier itself"),
-        (f"{KNN} --gallery {{folder}} --weights {{features}}", "none is named"),
+        (f"{KNN} --gallery {{folder}} --weights {{features}}", "requires the timm model"),
         (f"{TASK} --map mask --masks nowhere", "nowhere does not exist"),
         (f"{TASK} --map mask --masks tests", "holds no mask for picture0.png"),
         (f"{TASK} --task {METRICS}:Broken", "Broken.update failed: KeyError: 'mask'"),
         (f"{TASK} --task {METRICS}:Unmade", "Unmade failed: OSError: no labels here"),
         (f"{TASK} --task {METRICS}:Partial", "has no result"),
-        (f"{TASK} --task {METRICS}:Brightness --map mask", "are for the task maps"),
+        (f"{TASK} --task {METRICS}:Brightness --map mask", "require the task maps"),
         (f"{TASK} --metric cosine --map mask", "require --metric task"),
-        (f"{TASK} --corruptions fog --map heat", "masks are cut from maps from 0 to 1"),
+        (f"{TASK} --corruptions fog --map heat", "a mask requires a map from 0 to 1"),
         (f"{TASK} --corruptions mist", "'mist' is unknown"),
-        (f"{TASK} --severity 3", "A severity is that of corruptions"),
-        (f"{TASK} --corruptions fog --metric linear --head h", "on clean images"),
+        (f"{TASK} --severity 3", "A severity requires corruptions"),
+        (f"{TASK} --corruptions fog --metric linear --head h", "and clean images"),
         (f"{DISTILL} --recipe none", "no recipe 'none'"),
-        (f"{DISTILL} --weights w.safetensors", "teacher's, and none is named"),
+        (f"{DISTILL} --weights w.safetensors", "no teacher is named"),
         (f"{DISTILL} --resume", "no checkpoint to resume from"),
         (f"{DISTILL} --data {{out}}", "does not exist"),
     ],

@@ -1,4 +1,4 @@
-"""What a bundle remembers of what it is intended for, and what runs it then."""
+"""Tests of the intended execution that a bundle records, and of how it is applied."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KNOWN = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"
 
 @pytest.fixture
 def bundle(once: Once, tmp_path: Path) -> Path:
-    """Two classes, of 8 pixels."""
+    """A bundle of two classes and 8 pixels."""
     return Path(shutil.copytree(once("two classes", lambda folder: plain(folder / "b")) / "b", tmp_path / "bundle"))
 
 
@@ -43,24 +43,24 @@ def test_a_bundle_remembers_and_a_signature_holds_no_longer(bundle: Path, keys: 
     sign_bundle(bundle, keys / "key.pem")
     before = open_bundle(bundle).manifest
     for intended in (Intended("onnxruntime"), Intended("openvino", "bf16")):
-        remember_execution(bundle, intended.backend, intended.precision)
+        remember_execution(bundle, intended.backend, intended.compute_precision)
         assert open_bundle(bundle).manifest == replace(before, intended=intended)
     with pytest.raises(ArtifactError, match="was changed after it was signed"):
         require_signature(bundle, keys / "key.pub")
     content = snapshot(bundle)
     for wrong in (("openvino", "int1"), ("../evil", "auto")):
-        with pytest.raises(ConfigError, match=r"Intended: (backend|precision) is"):
+        with pytest.raises(ConfigError, match=r"Intended: (backend|compute_precision) is"):
             remember_execution(bundle, *wrong)
     assert snapshot(bundle) == content
 
 
 def without_bf16(precision: str = "auto") -> Any:
     if precision == "bf16":
-        raise BackendError("This processor has no bf16.", "Leave --precision out.")
+        raise BackendError("This processor has no bf16.", "Leave --compute-precision out.")
     return import_openvino(precision)
 
 
-OPENVINO, BF16 = {"backend": "openvino"}, {"backend": "openvino", "precision": "bf16"}
+OPENVINO, BF16 = {"backend": "openvino"}, {"backend": "openvino", "compute_precision": "bf16"}
 
 
 @pytest.mark.parametrize(
@@ -69,18 +69,18 @@ OPENVINO, BF16 = {"backend": "openvino"}, {"backend": "openvino", "precision": "
         (None, {}, "onnxruntime", None),
         (OPENVINO, {}, "openvino", "it."),
         (OPENVINO, {"backend": "onnxruntime"}, "onnxruntime", None),
-        (OPENVINO, {"precision": "fp32"}, "openvino in fp32", "openvino."),
+        (OPENVINO, {"compute_precision": "fp32"}, "openvino in fp32", "openvino."),
         (BF16, {}, "openvino", "openvino in bf16: This processor has no bf16."),
         (BF16, OPENVINO, "openvino", "openvino in bf16: This processor has no bf16."),
         (BF16, {"backend": "onnxruntime"}, "onnxruntime", None),
         ({"backend": "tensorrt-rtx"}, {}, "onnxruntime", "tensorrt-rtx: .* (no engine|not installed).*"),
-        ({"backend": "sys"}, {}, "onnxruntime", r"sys\."),  # No bundle names code.
+        ({"backend": "sys"}, {}, "onnxruntime", r"sys\."),  # A bundle cannot name code.
     ],
 )
 def test_what_runs(
     intended: object, named: dict[str, str], runs: str, why: str | None, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the manifest names, unless a caller names another; a precision with its backend, and never a lower one."""
+    """The manifest decides unless the caller does; a precision has its backend and is never lowered."""
     monkeypatch.setattr(openvino, "import_openvino", without_bf16)
     reseal(bundle, intended=intended)
     with open_session(bundle, **named) as session:
@@ -88,7 +88,7 @@ def test_what_runs(
         assert str(choose_execution(open_bundle(bundle), Execution(**named))[0]) == runs
         said = session.description.chosen
     assert said == why or re.fullmatch(f"{runs} runs this bundle, which is intended for {why}", str(said)), said
-    for wrong in (BF16, {"precision": "int1"}):
+    for wrong in (BF16, {"compute_precision": "int1"}):
         with pytest.raises(BackendError, match=r"This processor has no bf16|precision is 'int1'"):
             open_session(bundle, **wrong)
     monkeypatch.undo()
@@ -105,7 +105,7 @@ def test_every_command_says_once_what_runs_in_place_of_what_is_not_installed(bun
         ("run", bundle, "--source", pictures): 1,
         ("run", bundle, "--source", "test", "--frames", 2): 1,
         ("bundle", "verify", bundle, "--json"): 1,
-        ("evaluate", bundle, "--against", bundle, "--data", pictures): 2,  # By role.
+        ("evaluate", bundle, "--against", bundle, "--data", pictures): 2,  # by role
     }
     said = "onnxruntime runs this bundle, which is intended for openvino: openvino is not installed"
     for command, times in commands.items():
@@ -126,15 +126,15 @@ def test_sides_of_a_comparison_have_executions_of_their_own(bundle: Path, tmp_pa
     for role, backend, layers in (("subject", "openvino", dict), ("against", "onnxruntime", list)):
         assert result["method"]["runtime"][role]["backend"] == backend
         assert isinstance(result["statistics"][role]["layers"], layers)
-    assert_refused(process("profile", bundle, "--against-backend", "onnxruntime"), "It is compared with none")
+    assert_refused(process("profile", bundle, "--against-backend", "onnxruntime"), "against_execution requires")
     assert_refused(process(*same[:-2], "opencv"), "Unknown backend 'opencv'")
 
 
 def test_another_precision_alone_leaves_the_provider(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Mock(side_effect=BackendError("Enough.", ""))
     monkeypatch.setattr(se, "profile_bundle", asked)
-    for named, provider in ((("precision", "fp16"), "cuda"), (("backend", "openvino"), "cpu")):
-        line = (bundle, "--against", bundle, "--provider", "cuda", f"--against-{named[0]}", named[1])
+    for named, provider in ((("compute_precision", "fp16"), "cuda"), (("backend", "openvino"), "cpu")):
+        line = (bundle, "--against", bundle, "--provider", "cuda", f"--against-{named[0].replace('_', '-')}", named[1])
         with pytest.raises(BackendError, match="Enough"):
             profile.command.main([*map(str, line)], standalone_mode=False)
         assert asked.call_args.kwargs["against_execution"].provider == provider
@@ -142,7 +142,7 @@ def test_another_precision_alone_leaves_the_provider(bundle: Path, monkeypatch: 
 
 def test_auto_is_the_first_that_has_the_precision(bundle: Path) -> None:
     for stored, named in (("fp16", "fp32"), *([("fp32", "bf16")] if "BF16" in KNOWN else [])):
-        with open_session(reseal(bundle, precision=stored), precision=named) as session:
+        with open_session(reseal(bundle, precision=stored), compute_precision=named) as session:
             assert session.backend == "openvino"
             assert "openvino in" in str(session.description.chosen)
 

@@ -1,4 +1,4 @@
-"""Sessions: the contract, on ONNX Runtime and a bundle made without torch; another package's backend."""
+"""Tests of the session contract on ONNX Runtime with a bundle made without torch, and of another package's backend."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_session_says_what_really_runs(tmp_path, bundle):
     assert described.kernels == "none (standard operators)"
     assert (described.precision, described.threads) == ("fp32", 1)
     with flat.open_session(make_bundle(tmp_path / "f", function=True)) as session:
-        assert session.description.kernels == "function bodies"  # an operator that the library has not
+        assert session.description.kernels == "function bodies"  # an operator that the library lacks
         assert session.description.threads == len(os.sched_getaffinity(0))
 
 
@@ -72,7 +72,7 @@ def test_a_session_says_what_really_runs(tmp_path, bundle):
         ({"image": image(), "mask": image()}, "Unknown input 'mask'", "image"),
         ({"image": image().astype(np.float32)}, "'image' got float32", "Expected uint8"),
         ({"image": image(size=5)}, r"'image' got uint8 \[., 5, 5, 3\]", "Expected uint8"),
-        ({"image": image()[:0]}, r"'image' got uint8 \[0, ", "none is empty"),
+        ({"image": image()[:0]}, r"'image' got uint8 \[0, ", "no axis is empty"),
     ],
 )
 def test_unfit_inputs_are_named(bundle, inputs, got, expected):
@@ -95,7 +95,7 @@ def test_a_failure_inside_the_model_is_a_message(tmp_path):
     folder = make_bundle(tmp_path / "b")
     model = onnx.load(folder / "model.onnx")
     shape = next(t for t in model.graph.initializer if t.name == "shape")
-    shape.CopyFrom(onnx.numpy_helper.from_array(np.array([7, -1, 3], np.int64), "shape"))  # 48 values, no sevens
+    shape.CopyFrom(onnx.numpy_helper.from_array(np.array([7, -1, 3], np.int64), "shape"))  # 48 values, none of them 7
     onnx.save(model, folder / "model.onnx")
     reseal(folder)
     with flat.open_session(folder) as session, pytest.raises(BackendError, match="onnxruntime failed"):
@@ -110,8 +110,8 @@ def test_a_failure_inside_the_model_is_a_message(tmp_path):
         ({"kernels": "fast"}, r"(?s)kernels is 'fast'.*auto, native, portable"),
         ({"backend": "openvino", "provider": "cuda"}, r"openvino has no provider cuda.*\n.*--backend onnxruntime"),
         (
-            {"backend": "onnxruntime", "precision": "fp16"},
-            r"computes in what a file stores, fp32 here.*\n.*--precision fp16",
+            {"backend": "onnxruntime", "compute_precision": "fp16"},
+            r"computes in the file's precision, fp32.*\n.*--precision fp16",
         ),
     ],
 )
@@ -151,7 +151,7 @@ def test_golden_without_tolerance_or_file_is_refused(tmp_path):
 
 @pytest.fixture
 def foreign(tmp_path, monkeypatch):
-    """Another package's backend, installed: it runs ours under its own name."""
+    """Another package's backend, installed, which runs ours under its own name."""
     points = {"foreign": "foreign:Foreign", "broken": "foreign:Missing", "no-backend": "foreign:NUMBER"}
     points |= {"module": "foreign", "malformed": "for-eign:Foreign", "gone": "gone:Foreign"}
     install_plugin(tmp_path / "site", monkeypatch, "backends", **points)
@@ -168,10 +168,10 @@ def foreign(tmp_path, monkeypatch):
 def test_what_another_package_names_and_is_no_backend_is_refused(bundle, foreign):
     for name, message in (
         ("broken", "has no 'Missing'"),
-        ("no-backend", "is no class of Backend"),
-        ("module", "foreign is no class of Backend"),
+        ("no-backend", "is not a subclass of Backend"),
+        ("module", "foreign is not a subclass of Backend"),
         ("malformed", "^for-eign cannot be imported"),
-        ("gone", "no module 'gone', looked for from a package.\n  Reinstall gone"),
+        ("gone", "no module 'gone' in the installed packages.\n  Reinstall gone"),
     ):
         with pytest.raises(BackendError, match=message):
             flat.open_session(bundle, name)
@@ -180,9 +180,9 @@ def test_what_another_package_names_and_is_no_backend_is_refused(bundle, foreign
 
 
 def test_no_other_package_runs_where_a_signature_is_required(bundle, foreign):
-    """Nor is it imported."""
+    """It is not even imported."""
     signed = dataclasses.replace(open_bundle(bundle), signed=True)
     session_on(signed).close()
-    with pytest.raises(BackendError, match=r"foreign is no backend of sparsifiner-edge itself.*signature.*\n.*onnxrun"):
+    with pytest.raises(BackendError, match=r"foreign is not a backend of sparsifiner-edge.*signature.*\n.*onnxrun"):
         session_on(signed, Execution(backend="foreign"))
     assert "foreign" not in sys.modules

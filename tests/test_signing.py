@@ -1,4 +1,4 @@
-"""Signed bundles: what fits, what is refused, and that another program agrees on what was signed."""
+"""Tests of signed bundles: valid and rejected signatures, and agreement with OpenSSL."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_signed_bundle_is_what_it_was(signed: Path, keys: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_openssl_agrees(signed: Path, keys: Path, tmp_path: Path) -> None:
-    """RFC 8032 over the context and the manifest's bytes, as docs/pipelines.md says."""
+    """RFC 8032 over the context and the manifest's bytes, as described in docs/pipelines.md."""
     message, signature = tmp_path / "message", tmp_path / "signature"
     message.write_bytes(b"sparsifiner-edge bundle 1\n" + (signed / "manifest.json").read_bytes())
     signature.write_bytes(base64.b64decode(json.loads((signed / SIGNATURE_FILE).read_text())["signature"]))
@@ -91,7 +91,7 @@ def an_engine(folder: Path) -> None:
         (an_engine, "building an engine changes it"),
         (extra_kernels, "also holds kernels/sm87.json"),
         (lambda folder: (folder / "link").symlink_to("model.onnx"), "also holds link"),
-        (link_signature, "outside itself"),
+        (link_signature, "outside the bundle"),
         (signature(algorithm="none"), 'algorithm is "none"'),
         (lambda folder: (folder / SIGNATURE_FILE).write_bytes(b"\xff{"), "cannot be read"),
         (lambda f: ((f / SIGNATURE_FILE).unlink(), os.mkfifo(f / SIGNATURE_FILE)), "is not a regular file"),
@@ -163,7 +163,7 @@ def test_keys_are_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"key\.pub exists"):
         generate_key(tmp_path / "new" / "key.pem")
     for name in (tmp_path / "new" / "fresh.pub", Path(), Path("/")):
-        with pytest.raises(ArtifactError, match="names no file of a private key"):
+        with pytest.raises(ArtifactError, match="is not a file name for a private key"):
             generate_key(name)
     (tmp_path / "new" / "old.pem").rename(tmp_path / "new" / "key.pem")
     assert snapshot(tmp_path) == before

@@ -1,5 +1,6 @@
-"""The in-place patch of timm's models, calibration, students on disk, images of any shape, the order of tokens; and
-preset "paper", the published method, exactly, through the same path as ours.
+"""Tests of sparse timm models: in-place patch, calibration, saved models, images of any shape, token order.
+
+Preset "paper" is compared with the published method through the same code path.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from tests.commands import manifest_of
 from tests.flat import export_bundle, load_student
 from tests.models import EVA, TINY, eva, images, student, vit
 
-FULL = SparsityConfig(keep=0.999, cells=4, channels=8)
-"""So little left out that the result is nearly dense, through the sparse path."""
+FULL = SparsityConfig(keep=0.999, background_tokens=4, channels=8)
+"""Nearly dense configuration that still uses the sparse path."""
 
 
 @pytest.mark.parametrize("options", EVA.values(), ids=EVA)
@@ -105,14 +106,14 @@ def test_calibration_is_recorded_and_repeatable(pictures: Path) -> None:
         assert torch.equal(a.select.proj_q, b.select.proj_q)
     wide = calibrate_student(student(img_size=(320, 640)), pictures).provenance.calibration
     assert wide is not None
-    assert wide.img_size == (128, 256)  # at most sixteen patches along the longer side
+    assert wide.img_size == (128, 256)  # at most sixteen patches on the longer side
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(0.001, 1), st.integers(1, 5000), st.integers(0, 50), st.sampled_from([1, 4, 8, 16]))
-def test_layout_covers_every_patch(keep: float, patches: int, cells: int, tile: int) -> None:
-    config = SparsityConfig(keep=keep, tile=tile, probe=1, cells=cells)
-    if tile > patches or cells > patches:
+def test_layout_covers_every_patch(keep: float, patches: int, background_tokens: int, tile: int) -> None:
+    config = SparsityConfig(keep=keep, tile=tile, query_pool=1, background_tokens=background_tokens)
+    if tile > patches or background_tokens > patches:
         with pytest.raises(ConfigError, match="exceed"):
             config.layout(patches)
         return
@@ -121,18 +122,18 @@ def test_layout_covers_every_patch(keep: float, patches: int, cells: int, tile: 
     assert layout.keys >= keep * patches - 1e-6
     assert layout.keys - 1 < keep * patches + 1e-6
     assert (layout.tiles - 1) * tile < patches <= layout.tiles * tile
-    assert layout.cells <= cells
-    if cells:
-        assert (layout.cells - 1) * layout.cell < patches <= layout.cells * layout.cell
+    assert layout.background_tokens <= background_tokens
+    if background_tokens:
+        assert (layout.background_tokens - 1) * layout.key_pool < patches <= layout.background_tokens * layout.key_pool
     assert SparsityConfig.from_dict(config.to_dict()) == config
 
 
 LONG = (64, 400)
-"""4 x 25 patches: as many as the 10 x 10 that timm knows of its own weights."""
+"""4 x 25 patches: as many as the 10 x 10 for which timm has these weights."""
 
 
 def positions(size: ImageSize, new: ImageSize, **options: Any) -> torch.Tensor:
-    """A model's position embedding at another size, as timm gives it to a model that it knows the grid of."""
+    """Return a model's position embedding at another size, resampled by timm with the grid known."""
     model = vit(img_size=size, **options)
     model.set_input_size(img_size=height_width(new))
     return model.pos_embed.detach()
@@ -181,7 +182,7 @@ def test_permutation_with_short_steps(height: int, width: int) -> None:
     np.testing.assert_array_equal(order[order.argsort()], np.arange(height * width))
     y, x = np.divmod(order, width)
     steps = np.maximum(np.abs(np.diff(y)), np.abs(np.diff(x)))
-    # A curve over an odd grid needs a diagonal step now and then, but never a jump.
+    # A curve over an odd grid needs an occasional diagonal step, but never a jump.
     assert steps.size == 0 or steps.max() == 1
 
 
@@ -190,7 +191,7 @@ HEADS, TOKENS, WIDTH, CHANNELS, LANDMARKS = 6, 197, 64, 32, 32
 
 
 def random_inputs(seed: int) -> tuple[torch.Tensor, ...]:
-    """qkv and weights of DeiT-S's size, drawn as the published code initialises them, but livelier."""
+    """Return qkv and weights of DeiT-S's size, initialised as in the published code but with larger values."""
     torch.manual_seed(seed)
     reduce = [torch.nn.Linear(WIDTH, CHANNELS) for _ in range(2)]
     weights = [p.detach() for layer in reduce for p in (layer.weight, layer.bias)]
@@ -199,7 +200,7 @@ def random_inputs(seed: int) -> tuple[torch.Tensor, ...]:
 
 
 def published_mask(inputs: tuple[torch.Tensor, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and mask [B,H,N-1,N] by the published steps, one at a time, with masks as published."""
+    """Return scores and mask [B,H,N-1,N] by the published steps, one at a time, with published masking."""
     qkv, proj_q, bias_q, proj_k, bias_k, down, up = inputs
     q, k, _ = qkv.view(-1, TOKENS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
     q, k = F.linear(q, proj_q, bias_q), F.linear(k, proj_k, bias_k)
@@ -259,16 +260,16 @@ def test_the_published_predictor_stays_at_its_size(tmp_path: Path) -> None:
     save_student(student(sparsity=PAPER, img_size=(64, 400)), tmp_path / "s")
     assert load_student(tmp_path / "s").img_size == (64, 400)
     for other in ((400, 64), 160, 208):
-        with pytest.raises(ConfigError, match="published predictor is tied to its tokens"):
+        with pytest.raises(ConfigError, match="predictor of preset 'paper' is tied to its image size"):
             load_student(tmp_path / "s", img_size=other)
 
 
 def test_what_does_not_go_with_the_paper() -> None:
-    with pytest.raises(ConfigError, match="cells is 4, but the preset 'paper' has 0"):
-        SparsityConfig.for_preset("paper", cells=4)
-    with pytest.raises(ConfigError, match="requires one class token"):
+    with pytest.raises(ConfigError, match="background_tokens is 4, but the preset 'paper' has 0"):
+        SparsityConfig.for_preset("paper", background_tokens=4)
+    with pytest.raises(ConfigError, match="requires exactly one prefix token"):
         student("deit_tiny_distilled_patch16_224", PAPER)
-    with pytest.raises(ConfigError, match="6 tokens; this model has 1 prefix tokens of 5"):
+    with pytest.raises(ConfigError, match="6 tokens; this model has 1 prefix tokens and 5 tokens"):
         student("test_vit", PAPER, img_size=32)
     with pytest.raises(ConfigError, match="preset is 'none'"):
         SparsityConfig.for_preset("none")

@@ -1,7 +1,7 @@
-"""Images that figures are published for are none that anything learned from, not even as smaller copies.
+"""Tests that evaluation images are not among training images, not even as smaller copies.
 
-`data/image_hashes.json` holds a hash of every image of the split, so that the sets can be held apart where the packages
-are not installed. After a change of the split: `python -m tests.test_split`.
+`data/image_hashes.json` holds a hash of every image of the split, so the check runs where the packages are not
+installed. After a change of the split: `python -m tests.test_split`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from sparsifiner_edge.errors import ImageError
 HASHES = Path(__file__).parent / "data" / "image_hashes.json"
 SIDE = 16
 SAME = 40
-"""Bits of 256 in which copies of one image differ at most; others differ in 50 and more."""
+"""Maximum number of differing bits (of 256) between copies of an image; other images differ in 50 and more."""
 SETS = ("development", "calibration", "publication", "training")
 
 
 def hash_of(path: Path) -> int:
-    """Whether each of 16 x 16 places is brighter than its left neighbour, as bits: sizes and codecs hardly matter."""
+    """Return a difference hash: 16 x 16 bits that say if a place is brighter than its left neighbour."""
     with Image.open(path) as image:
         image.draft("L", (256, 256))
         small = image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
@@ -81,7 +81,7 @@ def test_a_demonstration_judges_by_others_than_it_searches_with(monkeypatch: pyt
 
 
 def main() -> None:
-    """Write the hashes of what is installed here."""
+    """Write the hashes of the installed images."""
     content = {}
     for name in SETS:
         packages = {file: package for package, files in split.SETS.get(name, {}).items() for file in files}

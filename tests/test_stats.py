@@ -1,4 +1,4 @@
-"""Intervals and verdicts: they cover the truth as often as they say, and no program beside makes a bundle faster."""
+"""Tests of intervals and verdicts: coverage is as stated, and load of other programs gives no false speed-up."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from sparsifiner_edge.profiles import stats
 
 
 def correlated(random, count, memory=0.9):
-    """A stationary AR(1) series, standard normal at each moment."""
+    """Return a stationary AR(1) series, standard normal at each step."""
     noise = random.normal(size=count) * np.sqrt(1 - memory**2)
     series = np.empty(count)
     series[0] = random.normal()
@@ -45,7 +45,7 @@ def test_intervals_cover_the_truth_of_correlated_samples():
     random = np.random.default_rng(4)
     assert coverage(median_interval, 0.0, lambda: correlated(random, 1000)) >= 0.9
     assert coverage(mean_interval, 0.0, lambda: correlated(random, 1000)) >= 0.9
-    # The correction is what does it.
+    # The correction makes the difference.
     assert coverage(lambda x: mean_interval(random.permutation(x)), 0.0, lambda: correlated(random, 1000)) < 0.6
 
 
@@ -75,7 +75,7 @@ def test_summary_of_known_samples():
 
 
 def paired_rounds(random, true_ratio, rounds=40):
-    """Blocks of ten queries; the whole machine drifts by up to half, slowly, and every query has noise of its own."""
+    """Return blocks of ten queries with a slow machine-wide drift of up to half and independent noise per query."""
     drift = np.exp(0.5 * correlated(random, rounds, 0.95))
 
     def side(scale):
@@ -85,7 +85,7 @@ def paired_rounds(random, true_ratio, rounds=40):
 
 
 def busy_ratios(random, rounds=20):
-    """What another program on the machine does to equal bundles: for some rounds in a row, one of them takes twice."""
+    """Return ratios of equal bundles next to another program: one takes twice the time for some rounds in a row."""
     return np.exp(np.log(2) * np.sign(correlated(random, rounds, 0.5)) * (random.random(rounds) < 0.7))
 
 
@@ -93,11 +93,11 @@ def test_ratios_cover_the_truth_while_the_machine_drifts_and_equal_bundles_seldo
     random = np.random.default_rng(8)
 
     def share_of_verdicts(true_ratio, verdict):
-        found = [stats.judge(*median_interval(paired_rounds(random, true_ratio))) for _ in range(300)]
+        found = [stats.verdict_of(*median_interval(paired_rounds(random, true_ratio))) for _ in range(300)]
         return np.mean([v == verdict for v in found])
 
     assert coverage(median_interval, 1.5, lambda: paired_rounds(random, 1.5)) >= 0.92
-    busy = [stats.judge(*median_interval(busy_ratios(random))) for _ in range(1000)]
+    busy = [stats.verdict_of(*median_interval(busy_ratios(random))) for _ in range(1000)]
     assert np.mean([v == "no difference shown" for v in busy]) >= 0.95
     assert share_of_verdicts(1.0, "no difference shown") >= 0.97
     assert share_of_verdicts(1.2, "faster") >= 0.95
@@ -105,9 +105,9 @@ def test_ratios_cover_the_truth_while_the_machine_drifts_and_equal_bundles_seldo
 
 
 def test_a_verdict_needs_the_whole_interval_beyond_one_percent():
-    assert (stats.judge(1.02, 1.05), stats.judge(0.9, 0.98)) == ("faster", "slower")
+    assert (stats.verdict_of(1.02, 1.05), stats.verdict_of(0.9, 0.98)) == ("faster", "slower")
     for interval in ((1.005, 1.05), (0.9, 0.995), (None, None)):
-        assert stats.judge(*interval) == "no difference shown"
+        assert stats.verdict_of(*interval) == "no difference shown"
 
 
 @pytest.mark.parametrize(("count", "shape"), [(2, 0.6), (4, 1.0), (20, 0.6)])

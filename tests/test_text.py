@@ -1,5 +1,6 @@
-"""What a stranger wrote, shown: nothing of it reaches a terminal, a line or a document as a command. Commands that
-quote it: tests.fuzz.
+"""Tests that untrusted text cannot act as a command in a terminal, a line or a document.
+
+Commands that quote such text are covered by `tests.fuzz`.
 """
 
 from __future__ import annotations

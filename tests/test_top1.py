@@ -1,4 +1,4 @@
-"""Top-1: equal to timm's own validation image by image, however images are read."""
+"""Tests that top-1 equals timm's own validation image by image, however images are read."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from tests.plain import evaluate_student
 
 CLASSES = "abcdef"
 UNCLOSED = pytest.mark.filterwarnings("ignore::ResourceWarning")
-"""timm leaves image files to be closed by whoever collects them."""
+"""timm leaves image files to the garbage collector to close."""
 SHAPES = ((500, 375), (333, 501), (97, 61), (640, 151), (163, 160))
 """Width and height: landscape and portrait, larger and smaller than the model's input."""
 
 
 def photographs(folder: Path) -> Path:
-    """Parts of six photographs, a class each; 31 images, one of them grey and one with a palette."""
+    """Crops of six photographs, a class each: 31 images, one grey and one with a palette."""
     rng = np.random.default_rng(0)
     for name, path in zip(CLASSES, split.images("development"), strict=False):
         (folder / name).mkdir(parents=True)
@@ -56,7 +56,7 @@ def photographs(folder: Path) -> Path:
 
 @torch.no_grad()
 def classifier(folder: Path) -> Any:
-    """A dense model whose class weights are the features of one image each: it is right about some of the others."""
+    """A dense model whose class weights are the features of one image each, so some other images are right."""
     model = vit(num_classes=len(CLASSES))
     config = resolve_data_config(model=model)
     config.pop("crop_mode")
@@ -85,7 +85,7 @@ def made(once: Once) -> dict[str, Path]:
 
 @torch.no_grad()
 def validated(model: Any, folder: Path) -> list[int]:
-    """Whether timm's validation finds a model right, in the order of the files' paths."""
+    """Return whether timm's validation finds the model right, in the order of file paths."""
     config = resolve_data_config({"input_size": (3, *model.patch_embed.img_size)}, model=model)
     dataset = create_dataset("", root=str(folder))
     loader = create_loader(dataset, batch_size=7, is_training=False, use_prefetcher=False, num_workers=0, **config)
@@ -101,7 +101,7 @@ def dense(made: dict[str, Path]) -> Any:
 
 
 OTHER = {"crop_mode": "border", "crop_pct": 1.0, "mean": (0.485, 0.456, 0.406)}
-"""In timm's configuration of the model, as other models of timm have it."""
+"""Entries of timm's model configuration, as other timm models have them."""
 
 
 @UNCLOSED
@@ -112,8 +112,8 @@ OTHER = {"crop_mode": "border", "crop_pct": 1.0, "mean": (0.485, 0.456, 0.406)}
 def test_it_is_timms_validation_to_the_last_image(
     subject: str, workers: int | None, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of bundles of any batch too, with any number of workers."""
-    if another := subject not in made:  # A student keeps what it was made with.
+    """Bundles of any batch size agree too, with any number of workers."""
+    if another := subject not in made:  # A sparse model keeps its original configuration.
         changed = dataclasses.replace(get_pretrained_cfg(TINY), **OTHER)
         monkeypatch.setitem(_registry._model_pretrained_cfgs, TINY, changed)
     student = save_student(sparse(TINY, dense(made)), tmp_path / "student") if another else made["student"]
@@ -132,7 +132,7 @@ def test_it_is_timms_validation_to_the_last_image(
     assert result["samples"]["subject_accuracy"] == validated(load_student(student).model, made["data"])
     assert result["samples"]["teacher_accuracy"] == validated(dense(made), made["data"])
     assert 0.3 < result["statistics"]["teacher_accuracy"]["mean"]["value"] < 1
-    assert "as timm validates test_vit: interpolation bi" in result["method"]["preprocessing"]
+    assert "preprocessing of timm for test_vit: interpolation bi" in result["method"]["preprocessing"]
     assert f"crop_pct {1 if another else 0.95:g}" in result["method"]["preprocessing"]
 
 
@@ -151,5 +151,5 @@ def test_a_damaged_image_is_named(made: dict[str, Path], tmp_path: Path, capsys:
     outcome = call(capsys, "evaluate", made["student"], "--data", data, "--metric", "top1", "--workers", 2)
     assert_refused(outcome, f"{bad} cannot be read as an image", "Replace or remove it")
     Image.new("RGB", (1, 60_000)).save(tmp_path / "thin.png")
-    with pytest.raises(ImageError, match="60000x1 pixels: too long and thin"):
+    with pytest.raises(ImageError, match="60000x1 pixels, which is too narrow"):
         list(read_images([tmp_path / "thin.png"], feed_of(TINY, Framing(224))._replace(workers=0), 1))

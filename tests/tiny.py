@@ -1,4 +1,4 @@
-"""Small real bundles, made without torch: a few MatMuls, so many that their cost is known."""
+"""Small real bundles made without torch: MatMuls of known cost."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def make_bundle(
     ballast_mb: int = 0,
     **manifest: Any,
 ) -> Path:
-    """A bundle of `depth` MatMuls over one token of `width` channels per pixel: `image` uint8 -> `features`
-    [batch, width].
+    """Write a bundle of `depth` MatMuls with one token of `width` channels per pixel.
 
-    `function` puts a node of domain sparsifiner, with a body, before the output; `ballast_mb` adds that much weight.
+    The bundle maps `image` uint8 to `features` [batch, width]. `function` adds a node of domain sparsifiner with a
+    function body before the output; `ballast_mb` adds that much weight.
     """
     folder.mkdir(parents=True)
     sides, random = height_width(size), np.random.default_rng(0)

@@ -1,4 +1,4 @@
-/* Outputs of the model, frame by frame: `./probe PIPELINE`, see README.md, also for how to compile it. */
+/* Print the outputs of the model for each frame: `./probe PIPELINE`. README.md shows how to compile it. */
 #include "gstnvdsmeta.h"
 #include "gstnvdsinfer.h"
 
@@ -12,7 +12,7 @@ static GstPadProbeReturn print_outputs(GstPad *pad, GstPadProbeInfo *info, gpoin
       NvDsInferTensorMeta *tensors = meta->user_meta_data;
       for (guint i = 0; i < tensors->num_output_layers; i++) {
         NvDsInferLayerInfo *layer = &tensors->output_layers_info[i];
-        const float *values = tensors->out_buf_ptrs_host[i]; /* Without the batch: a map's are C, H, W. */
+        const float *values = tensors->out_buf_ptrs_host[i]; /* Without the batch axis; a map has C, H, W. */
         guint above = 0, all = layer->dataType == FLOAT ? layer->inferDims.numElements : 0;
         for (guint at = 0; at < all; at++) above += values[at] > 0.5f;
         if (all) g_print("%d %s: %.1f%% above one half\n", frame->frame_num, layer->layerName, 100.0 * above / all);
@@ -27,7 +27,7 @@ int main(int count, char **arguments) {
   GError *error = NULL;
   GstElement *pipeline = gst_parse_launchv((const gchar **)arguments + 1, &error);
   GstElement *model = pipeline ? gst_bin_get_by_name(GST_BIN(pipeline), "model") : NULL;
-  if (!model) return g_printerr("%s\n", error ? error->message : "No element is named model: name=model"), 2;
+  if (!model) return g_printerr("%s\n", error ? error->message : "No element is named model. Add name=model to nvinfer."), 2;
   gst_pad_add_probe(gst_element_get_static_pad(model, "src"), GST_PAD_PROBE_TYPE_BUFFER, print_outputs, NULL, NULL);
   gst_element_set_state(pipeline, GST_STATE_PLAYING);
   GstMessageType ends = GST_MESSAGE_EOS | GST_MESSAGE_ERROR;

@@ -6,8 +6,8 @@
 //   qt      [d/2][16]     words of two channels      keys    [rows][d/2]   words of two channels
 //   weights [rows/2][16]  words of two rows          values  [rows/2][d]   words of two rows
 //
-// Rounding is to nearest even. Where what is listed of a cell far outweighs the rest, and yet the rest attracts more, the
-// cell's rounded weight errs by as many times more: selection lists what attracts.
+// Rounding is to nearest even. Where what is listed of a pool far outweighs the rest, and yet the rest attracts more, the
+// pool's rounded weight errs by as many times more: selection lists what attracts.
 
 #if defined(SPARSIFINER_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_BF16_INL_H_
@@ -149,9 +149,9 @@ struct Halves {
         {weights, values, count, stride, nullptr, nullptr, nullptr, factor, output, valid, width, out_stride});
   }
 
-  // What a list takes out of a cell is the sum of its rounded keys' logits. So the cell's logit is that of the mean of
-  // rounded keys, to twice the precision: where little is left of a cell, any difference between both counts many times.
-  static void CellMean(const uint32_t* rows, size_t words, const float* sizes, size_t count, size_t /*width*/,
+  // What a list takes out of a pool is the sum of its rounded keys' logits. So the pool's logit is that of the mean of
+  // rounded keys, to twice the precision: where little is left of a pool, any difference between both counts many times.
+  static void PoolMean(const uint32_t* rows, size_t words, const float* sizes, size_t count, size_t /*width*/,
                        float* sum, uint32_t* mean, uint32_t* rest) {
     float total = 0.0f;
     std::memset(sum, 0, 2 * words * sizeof(float));

@@ -121,23 +121,23 @@ Output Place(const sparsifiner_output& output) { return {output.data, output.rou
 
 SelectSettings Checked(const sparsifiner_select& options, Answer* answer) {
   const SelectSettings settings{answer->Whole("num_prefix", options.num_prefix, 0),
-                                answer->Whole("probe", options.probe, 1),
+                                answer->Whole("query_pool", options.query_pool, 1),
                                 answer->Whole("tile", options.tile, 1),
-                                answer->Whole("cell", options.cell, 0),
+                                answer->Whole("key_pool", options.key_pool, 0),
                                 answer->Whole("keys", options.keys, 1),
                                 answer->Whole("channels", options.channels, 1),
                                 answer->Number("value_power", options.value_power)};
-  answer->Require(settings.tile % settings.probe == 0, "tile is not a multiple of probe");
+  answer->Require(settings.tile % settings.query_pool == 0, "tile is not a multiple of query_pool");
   return settings;
 }
 
 SparseSettings Checked(const sparsifiner_attend& options, Answer* answer) {
   SparseSettings settings{answer->Whole("num_prefix", options.num_prefix, 0),
                           answer->Whole("prefix_keys", options.prefix_keys, 0), answer->Whole("tile", options.tile, 1),
-                          answer->Whole("cell", options.cell, 0), answer->Whole("keys", options.keys, 1)};
-  const bool single = settings.tile == 1 && settings.cell == 0;
+                          answer->Whole("key_pool", options.key_pool, 0), answer->Whole("keys", options.keys, 1)};
+  const bool single = settings.tile == 1 && settings.key_pool == 0;
   answer->Require(settings.prefix_keys <= 1, "prefix_keys must be 0 or 1");
-  answer->Require(settings.prefix_keys == 1 || single, "prefix_keys 0 goes with tile 1 and cell 0");
+  answer->Require(settings.prefix_keys == 1 || single, "prefix_keys 0 goes with tile 1 and key_pool 0");
   if (settings.prefix_keys == 1) settings.prefix_keys = settings.prefix;  // from here on their number, no flag
   return settings;
 }
@@ -196,14 +196,14 @@ sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sp
   const SparseSettings settings = Checked(*options, &answer);
   const Packed in = Checked(*qkv, settings.prefix, &answer);
   answer.Require(settings.keys <= in.tokens - settings.prefix_keys, "keys exceed the patches");
-  answer.Require(settings.cell == 0 || Groups(in.tokens - settings.prefix, settings.cell) <= 65535,
-                 "more than 65535 cells");
-  // Rows that are narrower than a vector grow where they are packed, and those of cells follow.
+  answer.Require(settings.key_pool == 0 || Groups(in.tokens - settings.prefix, settings.key_pool) <= 65535,
+                 "more than 65535 pools");
+  // Rows that are narrower than a vector grow where they are packed, and those of pools follow.
   answer.Require(Times(in.tokens, in.width + 31) <= UINT32_MAX, "%zu tokens are too many for 32-bit places", in.tokens);
   answer.Input("indices", indices, Lists(in, settings));
   answer.Output("output", output, in.batch * in.tokens * in.heads * in.width, /*roundable=*/true);
   if (!answer.computes()) return answer.status();
-  const bool single = settings.tile == 1 && settings.cell == 0;
+  const bool single = settings.tile == 1 && settings.key_pool == 0;
   const Attention* attention = single ? FindAttention(SPARSIFINER_FLOAT32) : answer.attention();
   return answer.Of(attention->sparse(Attended(in), indices.data, settings, Place(output), Call(*call)));
 }

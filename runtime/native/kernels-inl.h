@@ -294,13 +294,13 @@ HWY_INLINE void FetchRow(const Word* row, size_t width) {
   for (size_t c = 0; c < width; c += 64 / sizeof(Word)) hwy::Prefetch(row + c);
 }
 
-// Means over runs of `cell` rows of a head's keys or values: rows [patches] of `row` floats -> means [cells][stride].
+// Means over runs of `pool` rows of a head's keys or values: rows [patches] of `row` floats -> means [pools][stride].
 // sizes: how much each row counts, or null: all the same.
-HWY_INLINE void CellMeans(const float* rows, size_t row, const float* sizes, size_t patches, size_t cell, size_t width,
+HWY_INLINE void PoolMeans(const float* rows, size_t row, const float* sizes, size_t patches, size_t pool, size_t width,
                           size_t stride, float* HWY_RESTRICT means) {
   const D d;
-  for (size_t start = 0; start < patches; start += cell, means += stride) {
-    const size_t end = std::min(start + cell, patches);
+  for (size_t start = 0; start < patches; start += pool, means += stride) {
+    const size_t end = std::min(start + pool, patches);
     float total = static_cast<float>(end - start);
     if (sizes != nullptr) {
       total = 0.0f;
@@ -333,7 +333,7 @@ HWY_INLINE void LogSizes(const float* sizes, size_t count, float* HWY_RESTRICT l
 //   weights [rows / kRows][16]     values [rows / kRows][stride]
 //
 // Packed rows are whole vectors, filled with zeros, so that no kernel needs a remainder loop. Sums, softmax and what is
-// left of the cells are float32.
+// left of the pools are float32.
 
 struct Floats {
   using Word = float;
@@ -386,9 +386,9 @@ struct Floats {
 
   // The mean of `count` rows, each of which counts as its size, or null: as one. scratch: [stride]. rest: what rounding
   // takes from the mean; null where not needed.
-  static void CellMean(const float* rows, size_t row, const float* sizes, size_t count, size_t width,
+  static void PoolMean(const float* rows, size_t row, const float* sizes, size_t count, size_t width,
                        float* /*scratch*/, float* mean, float* /*rest*/) {
-    CellMeans(rows, row, sizes, count, count, width, Stride(width), mean);
+    PoolMeans(rows, row, sizes, count, count, width, Stride(width), mean);
   }
 };
 

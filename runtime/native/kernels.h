@@ -49,15 +49,15 @@ struct SparseSettings {
   size_t prefix;       // leading tokens that are no patches
   size_t prefix_keys;  // of them, how many every patch query reads (prefix or 0)
   size_t tile;
-  size_t cell;  // 0: no background cells
+  size_t key_pool;  // 0: no background pools
   size_t keys;  // K
 };
 
 struct SelectSettings {
   size_t prefix;
-  size_t probe;
+  size_t query_pool;
   size_t tile;
-  size_t cell;
+  size_t key_pool;
   size_t keys;
   size_t channels;  // c
   float value_power;

@@ -129,7 +129,7 @@ struct SparseKernel {
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale) &&
            from.Whole("num_prefix", 0, &settings.num_prefix) && from.Whole("tile", 1, &settings.tile) &&
-           from.Whole("cell", 0, &settings.cell) && from.Whole("prefix_keys", 0, &settings.prefix_keys);
+           from.Whole("key_pool", 0, &settings.key_pool) && from.Whole("prefix_keys", 0, &settings.prefix_keys);
   }
 
   template <typename Tensors, typename Session>
@@ -160,8 +160,8 @@ struct SelectKernel {
   template <typename Attributes>
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale) &&
-           from.Whole("num_prefix", 0, &settings.num_prefix) && from.Whole("probe", 1, &settings.probe) &&
-           from.Whole("tile", 1, &settings.tile) && from.Whole("cell", 0, &settings.cell) &&
+           from.Whole("num_prefix", 0, &settings.num_prefix) && from.Whole("query_pool", 1, &settings.query_pool) &&
+           from.Whole("tile", 1, &settings.tile) && from.Whole("key_pool", 0, &settings.key_pool) &&
            from.Whole("keys", 1, &settings.keys) && from.Number("value_power", &settings.value_power);
   }
 

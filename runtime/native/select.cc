@@ -1,8 +1,8 @@
-// KeySelect (ops/schema.py): low-rank probe scores of all keys, then the K best of each tile.
+// KeySelect (ops/schema.py): low-rank pooled_query scores of all keys, then the K best of each tile.
 //
 //   keys   [P][d] --Transpose16, proj_k--> projected_k [P/16][c][16]     lanes are keys
-//   probes [G][d] (means of queries) --proj_q--> projected_q [G][c]
-//   projected_q x projected_k --> logits [16 probes][P] --> log-softmax, maximum of a tile's probes, value bonus
+//   pooled_queries [G][d] (means of queries) --proj_q--> projected_q [G][c]
+//   projected_q x projected_k --> logits [16 pooled_queries][P] --> log-softmax, maximum of a tile's pooled_queries, value bonus
 //   --> scores [P]
 //   scores --BestKeys--> indices, ascending: the K-th value by narrowing a bracket, never a sort
 
@@ -27,8 +27,8 @@ struct SelectJob {
   Packed in;
   SelectSettings settings;
   int32_t* indices;
-  size_t patches, padded, probes, tiles, stride;
-  size_t cell_run, runs;  // keys whose bonus is found together, and how many such runs there are
+  size_t patches, padded, pooled_queries, tiles, stride;
+  size_t pool_run, runs;  // keys whose bonus is found together, and how many such runs there are
   size_t lane_blocks;   // of 16 channels of proj_q
   size_t projected_q_stride;
   size_t rows;          // of logits
@@ -60,7 +60,7 @@ HWY_INLINE const float* SizesOf(const Packed& in, size_t batch, size_t token) {
   return in.sizes == nullptr ? nullptr : in.sizes + batch * in.tokens + token;
 }
 
-// What a thread needs for a block of projected keys or a cell's bonus.
+// What a thread needs for a block of projected keys or a pool's bonus.
 struct PrepareWork {
   float *turned, *mean, *squares;
 };
@@ -69,15 +69,15 @@ HWY_INLINE size_t LayOut(const SelectJob& job, void* base, PrepareWork* work) {
   Layout layout(base);
   work->turned = layout.Take<float>(job.in.width, kQueries);
   work->mean = layout.Take<float>(job.stride);
-  work->squares = layout.Take<float>(job.cell_run + kQueries);
+  work->squares = layout.Take<float>(job.pool_run + kQueries);
   return layout.used();
 }
 
-// One cell (or 64 keys where there are none): value_power * log2(distance of each value from the cell's mean value).
-HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell, const PrepareWork& work) {
+// One pool (or 64 keys where there are none): value_power * log2(distance of each value from the pool's mean value).
+HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t pool, const PrepareWork& work) {
   const Packed& in = job.in;
   const D d;
-  const size_t run = job.cell_run, begin = cell * run, end = std::min(begin + run, job.patches);
+  const size_t run = job.pool_run, begin = pool * run, end = std::min(begin + run, job.patches);
   const float* values = in.Rows(batch_head, 2) + (job.settings.prefix + begin) * in.Row();
   float* bonus = job.bonus + batch_head * job.padded;
   if (job.settings.value_power == 0) {
@@ -85,9 +85,9 @@ HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell, cons
     return;
   }
   float *mean = work.mean, *squares = work.squares;
-  if (job.settings.cell != 0) {
+  if (job.settings.key_pool != 0) {
     const float* sizes = SizesOf(in, batch_head / in.heads, job.settings.prefix + begin);
-    CellMeans(values, in.Row(), sizes, end - begin, run, in.width, job.stride, mean);
+    PoolMeans(values, in.Row(), sizes, end - begin, run, in.width, job.stride, mean);
   } else {
     std::memset(mean, 0, job.stride * sizeof(float));
   }
@@ -123,7 +123,7 @@ HWY_INLINE void ProjectKeys(const SelectJob& job, size_t batch_head, size_t bloc
                 job.projected_k + (batch_head * (job.padded / kQueries) + block) * c * kQueries);
 }
 
-// What all tiles of a head share: a block of projected keys, or a cell's bonus.
+// What all tiles of a head share: a block of projected keys, or a pool's bonus.
 HWY_NOINLINE void PrepareItem(void* data, size_t item, void* base) {
   const SelectJob& job = *static_cast<const SelectJob*>(data);
   PrepareWork work;
@@ -137,18 +137,18 @@ HWY_NOINLINE void PrepareItem(void* data, size_t item, void* base) {
   }
 }
 
-constexpr size_t kProbes = 16;
+constexpr size_t kPooledQueries = 16;
 
-// Mean queries of up to 16 probes from `probe` on, projected: [16][projected_q_stride].
-HWY_INLINE void ProjectProbes(const SelectJob& job, size_t batch_head, size_t probe, size_t count,
+// Mean queries of up to 16 pooled_queries from `pooled_query` on, projected: [16][projected_q_stride].
+HWY_INLINE void ProjectPooledQueries(const SelectJob& job, size_t batch_head, size_t pooled_query, size_t count,
                               float* HWY_RESTRICT means, float* HWY_RESTRICT wide,
                               float* HWY_RESTRICT projected_q) {
   const Packed& in = job.in;
-  const size_t c = job.settings.channels, run = job.settings.probe;
-  const size_t begin = probe * run, end = std::min(begin + count * run, job.patches);
+  const size_t c = job.settings.channels, run = job.settings.query_pool;
+  const size_t begin = pooled_query * run, end = std::min(begin + count * run, job.patches);
   const size_t token = job.settings.prefix + begin;
   const float* sizes = SizesOf(in, batch_head / in.heads, token);
-  CellMeans(in.Rows(batch_head, 0) + token * in.Row(), in.Row(), sizes, end - begin, run, in.width,
+  PoolMeans(in.Rows(batch_head, 0) + token * in.Row(), in.Row(), sizes, end - begin, run, in.width,
             job.stride, means);
   for (size_t b = 0; b < job.lane_blocks; ++b) {
     const float* proj_q = job.proj_q + (batch_head % in.heads * job.lane_blocks + b) * in.width * kQueries;
@@ -160,7 +160,7 @@ HWY_INLINE void ProjectProbes(const SelectJob& job, size_t batch_head, size_t pr
   }
 }
 
-// logits[g][padded] of `count` probes, and the log2-sum-exp2 of each row.
+// logits[g][padded] of `count` pooled_queries, and the log2-sum-exp2 of each row.
 HWY_INLINE void ProbeLogits(const SelectJob& job, size_t batch_head, const float* projected_q, size_t count,
                             bool normalise, float* HWY_RESTRICT logits, float* HWY_RESTRICT log_sums) {
   const D d;
@@ -201,7 +201,7 @@ struct Range {
   float low, high;
 };
 
-// best[j] = max(best[j] if `more`, logits of `count` probes less their sums), on the last call with the bonus: scores.
+// best[j] = max(best[j] if `more`, logits of `count` pooled_queries less their sums), on the last call with the bonus: scores.
 // Entries that are no keys become NaN, NaN scores of keys -inf. Returns the scores' range.
 HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float* logits, const float* log_sums,
                             size_t count, bool more, bool last, float* HWY_RESTRICT best) {
@@ -233,9 +233,9 @@ HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float
   return {hn::ReduceMin(d, low), hn::ReduceMax(d, high)};
 }
 
-// Tiles whose probes are scored together.
+// Tiles whose pooled_queries are scored together.
 HWY_INLINE size_t GroupTiles(const SelectSettings& s) {
-  return std::max<size_t>(1, kProbes / (s.tile / s.probe));
+  return std::max<size_t>(1, kPooledQueries / (s.tile / s.query_pool));
 }
 
 // What a thread needs for a group of tiles.
@@ -245,9 +245,9 @@ struct SelectWork {
 
 HWY_INLINE size_t LayOut(const SelectJob& job, void* base, SelectWork* work) {
   Layout layout(base);
-  work->means = layout.Take<float>(kProbes, job.stride);
-  work->wide = layout.Take<float>(kProbes, kQueries);
-  work->projected_q = layout.Take<float>(kProbes, job.projected_q_stride);
+  work->means = layout.Take<float>(kPooledQueries, job.stride);
+  work->wide = layout.Take<float>(kPooledQueries, kQueries);
+  work->projected_q = layout.Take<float>(kPooledQueries, job.projected_q_stride);
   work->logits = layout.Take<float>(job.rows, job.padded);
   work->best = layout.Take<float>(job.padded);
   work->rest = layout.Take<float>(job.padded + 32);
@@ -259,12 +259,12 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* base) {
   const SelectSettings& s = job.settings;
   const size_t group_tiles = GroupTiles(s), groups = Groups(job.tiles, group_tiles);
   const size_t group = item % groups, batch_head = item / groups;
-  const size_t per_tile = s.tile / s.probe;
+  const size_t per_tile = s.tile / s.query_pool;
   SelectWork work;
   LayOut(job, base, &work);
   float *means = work.means, *wide = work.wide, *projected_q = work.projected_q;
   float *logits = work.logits, *best = work.best;
-  float log_sums[kProbes];
+  float log_sums[kPooledQueries];
   const size_t first = group * group_tiles, end = std::min(first + group_tiles, job.tiles);
   const auto choose = [&](size_t tile, Range range, float guess) {
     // `low` must lie below every score that counts: the float before the lowest.
@@ -273,9 +273,9 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* base) {
                     job.indices + (batch_head * job.tiles + tile) * s.keys);
   };
   float guess = std::numeric_limits<float>::quiet_NaN();
-  if (per_tile <= kProbes) {
-    const size_t probe = first * per_tile, count = std::min(end * per_tile, job.probes) - probe;
-    ProjectProbes(job, batch_head, probe, count, means, wide, projected_q);
+  if (per_tile <= kPooledQueries) {
+    const size_t pooled_query = first * per_tile, count = std::min(end * per_tile, job.pooled_queries) - pooled_query;
+    ProjectPooledQueries(job, batch_head, pooled_query, count, means, wide, projected_q);
     ProbeLogits(job, batch_head, projected_q, count, per_tile > 1, logits, log_sums);
     for (size_t tile = first; tile < end; ++tile) {
       const size_t from = (tile - first) * per_tile, some = std::min(per_tile, count - from);
@@ -285,14 +285,14 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* base) {
     }
     return;
   }
-  const size_t probe_end = std::min((first + 1) * per_tile, job.probes);
+  const size_t pooled_end = std::min((first + 1) * per_tile, job.pooled_queries);
   Range range{};
-  for (size_t probe = first * per_tile; probe < probe_end; probe += kProbes) {
-    const size_t count = std::min(kProbes, probe_end - probe);
-    ProjectProbes(job, batch_head, probe, count, means, wide, projected_q);
+  for (size_t pooled_query = first * per_tile; pooled_query < pooled_end; pooled_query += kPooledQueries) {
+    const size_t count = std::min(kPooledQueries, pooled_end - pooled_query);
+    ProjectPooledQueries(job, batch_head, pooled_query, count, means, wide, projected_q);
     ProbeLogits(job, batch_head, projected_q, count, true, logits, log_sums);
-    range = TileScores(job, batch_head, logits, log_sums, count, probe != first * per_tile,
-                       probe + kProbes >= probe_end, best);
+    range = TileScores(job, batch_head, logits, log_sums, count, pooled_query != first * per_tile,
+                       pooled_query + kPooledQueries >= pooled_end, best);
   }
   choose(first, range, guess);
 }
@@ -308,14 +308,14 @@ bool KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k,
   job.input_k = proj_k;
   job.patches = in.tokens - settings.prefix;
   job.padded = RoundUp(job.patches, kQueries);
-  job.probes = Groups(job.patches, settings.probe);
+  job.pooled_queries = Groups(job.patches, settings.query_pool);
   job.tiles = Groups(job.patches, settings.tile);
-  job.cell_run = std::min(settings.cell ? settings.cell : 64, job.patches);
-  job.runs = Groups(job.patches, job.cell_run);
+  job.pool_run = std::min(settings.key_pool ? settings.key_pool : 64, job.patches);
+  job.runs = Groups(job.patches, job.pool_run);
   job.stride = PackedWidth(in.width);
   job.lane_blocks = Groups(settings.channels, kQueries);
   job.projected_q_stride = job.lane_blocks * kQueries;
-  job.rows = RoundUp(std::min(kProbes, job.probes), kPaddedRows);
+  job.rows = RoundUp(std::min(kPooledQueries, job.pooled_queries), kPaddedRows);
   const size_t heads = in.batch * in.heads, blocks = job.padded / kQueries;
   const bool shared = call.Share([&](Layout* layout) {
     job.proj_k = layout->Take<float>(in.heads, settings.channels, job.stride);

@@ -1,5 +1,5 @@
 // SparseAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h): each tile of queries attends to the prefix, to
-// its listed keys, and to background cells (cells-inl.h) that stand for what it did not list. All that a tile reads are
+// its listed keys, and to background pools (pools-inl.h) that stand for what it did not list. All that a tile reads are
 // rows of one table. Rows of prefix tokens, and lists of one query, are float32.
 
 #if defined(SPARSIFINER_SPARSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -9,7 +9,7 @@
 #define SPARSIFINER_SPARSE_INL_H_
 #endif
 
-#include "cells-inl.h"
+#include "pools-inl.h"
 #include "hwy/highway.h"
 #include "kernels-inl.h"
 #include "kernels.h"
@@ -25,9 +25,9 @@ constexpr size_t kPackFrom = 2048;
 template <class Word>
 struct TableJob : SparseJob {
   size_t words;           // of a packed row
-  size_t packed, rows;    // of a head's rows: its tokens, or 0: floats that are read where they are; then its cells' means
+  size_t packed, rows;    // of a head's rows: its tokens, or 0: floats that are read where they are; then its pools' means
   Word *keys, *values;    // [batch * heads][rows][words]
-  Word* rests;            // [batch * heads][cells][words]: what rounding takes from the means of keys
+  Word* rests;            // [batch * heads][pools][words]: what rounding takes from the means of keys
 };
 
 // What a thread needs for one tile.
@@ -42,10 +42,10 @@ constexpr size_t kChunk = 64;
 
 template <class Kind, class Word = typename Kind::Word>
 HWY_INLINE size_t LayOut(const TableJob<Word>& job, void* base, TableWork<Word>* work) {
-  const size_t rows = job.settings.prefix_keys + job.settings.keys + job.cells, stride = Kind::Stride(job.in.width);
+  const size_t rows = job.settings.prefix_keys + job.settings.keys + job.pools, stride = Kind::Stride(job.in.width);
   Layout layout(base);
   work->turned = layout.Take<float>(job.in.width, kQueries);
-  work->rests = layout.Take<float>(job.cells + kPaddedRows, kQueries);
+  work->rests = layout.Take<float>(job.pools + kPaddedRows, kQueries);
   work->summed = layout.Take<float>(kQueries, stride);
   work->qt = layout.Take<Word>(job.words, kQueries);
   work->keys = layout.Take<Word>((Kind::kRounds ? rows : 0) + kPaddedRows, job.words);
@@ -64,7 +64,7 @@ HWY_INLINE const Word* TokensOf(const TableJob<Word>& job, size_t head, size_t p
   return (part == 1 ? job.keys : job.values) + head * job.rows * job.words;
 }
 
-// One run of a head's keys or values: packed where that pays, and their mean where there are cells. base: [stride].
+// One run of a head's keys or values: packed where that pays, and their mean where there are pools. base: [stride].
 template <class Kind, class Word = typename Kind::Word>
 HWY_NOINLINE void PrepareRun(void* data, size_t item, void* base) {
   const auto& job = *static_cast<const TableJob<Word>*>(data);
@@ -77,14 +77,14 @@ HWY_NOINLINE void PrepareRun(void* data, size_t item, void* base) {
     FetchRow(from + std::min(j + kRowsAhead, end - 1) * in.Row(), in.width);
     Kind::PackRow(from + j * in.Row(), in.width, rows + j * job.words);
   }
-  if (job.cells == 0) return;
+  if (job.pools == 0) return;
   const float* sizes = in.sizes == nullptr ? nullptr : in.sizes + head / in.heads * in.tokens + begin;
-  Word* rest = Kind::kRounds && part == 1 ? job.rests + (head * job.cells + run) * job.words : nullptr;
-  Kind::CellMean(TokensOf(job, head, part) + begin * job.row, job.row, sizes, end - begin, in.width,
+  Word* rest = Kind::kRounds && part == 1 ? job.rests + (head * job.pools + run) * job.words : nullptr;
+  Kind::PoolMean(TokensOf(job, head, part) + begin * job.row, job.row, sizes, end - begin, in.width,
                  static_cast<float*>(base), rows + (job.packed + run) * job.words, rest);
 }
 
-// The rows of a list, then the cells: keys as they are, values of kRows together; of an odd number the last counts with a
+// The rows of a list, then the pools: keys as they are, values of kRows together; of an odd number the last counts with a
 // weight of 0 for the row that is not there.
 template <class Kind, class Word = typename Kind::Word>
 HWY_INLINE void GatherTable(const TableJob<Word>& job, size_t head, size_t rows, const TableWork<Word>& work) {
@@ -105,21 +105,21 @@ HWY_INLINE void GatherTable(const TableJob<Word>& job, size_t head, size_t rows,
   }
 }
 
-// Logits of a gathered table: work.scores [rows][16], of which `cells` are the last.
+// Logits of a gathered table: work.scores [rows][16], of which `pools` are the last.
 template <class Kind, class Word = typename Kind::Word>
 HWY_INLINE void ScoreTable(const TableJob<Word>& job, size_t head, size_t rows, const TableWork<Word>& work,
-                           float* HWY_RESTRICT cells) {
+                           float* HWY_RESTRICT pools) {
   Kind::Scores(work.qt, work.keys, job.in.width, rows, work.scores);
-  if (job.cells == 0) return;
-  Kind::Scores(work.qt, job.rests + head * job.cells * job.words, job.in.width, job.cells, work.rests);
-  for (size_t i = 0; i < job.cells * kQueries; i += kLanes) {
-    hn::Store(hn::Add(hn::Load(D(), cells + i), hn::Load(D(), work.rests + i)), D(), cells + i);
+  if (job.pools == 0) return;
+  Kind::Scores(work.qt, job.rests + head * job.pools * job.words, job.in.width, job.pools, work.rests);
+  for (size_t i = 0; i < job.pools * kQueries; i += kLanes) {
+    hn::Store(hn::Add(hn::Load(D(), pools + i), hn::Load(D(), work.rests + i)), D(), pools + i);
   }
 }
 
 // The same of floats where they are: a block of the list is gathered at a time, while the next is fetched.
 HWY_INLINE void ScoreFloats(const TableJob<float>& job, size_t head, size_t count, const TableWork<float>& work,
-                            float* cells) {
+                            float* pools) {
   const float *keys = TokensOf(job, head, 1), *means = job.keys + (head * job.rows + job.packed) * job.words;
   const size_t width = job.in.width, stride = job.words;
   const auto gather = [&](size_t j, size_t some, size_t columns) {
@@ -136,10 +136,10 @@ HWY_INLINE void ScoreFloats(const TableJob<float>& job, size_t head, size_t coun
     gather(j, some, width);
     Scores<Floats, true>(work.qt, work.keys, stride, width, some, work.scores + j * kQueries);
   }
-  if (job.cells != 0) Scores<Floats, true>(work.qt, means, stride, width, job.cells, cells);
+  if (job.pools != 0) Scores<Floats, true>(work.qt, means, stride, width, job.pools, pools);
 }
 
-// output = factor * weights x values of the list and of the cells, a chunk of the list at a time.
+// output = factor * weights x values of the list and of the pools, a chunk of the list at a time.
 HWY_INLINE void SumFloats(const TableJob<float>& job, size_t head, size_t count, const TableWork<float>& work,
                           const float* factor, size_t valid, const Output& output) {
   const size_t width = job.in.width, stride = job.words, chunk = Groups(count, Groups(count, kChunk));
@@ -147,12 +147,12 @@ HWY_INLINE void SumFloats(const TableJob<float>& job, size_t head, size_t count,
   std::fill(ones, ones + kQueries, 1.0f);
   Weighted<float> sums{work.scores, TokensOf(job, head, 2), chunk, stride, work.places, work.summed, ones, nullptr,
                        {work.summed, false}, kQueries, stride, stride};
-  Weighted<float> cells{};
-  cells.weights = work.scores + count * kQueries, cells.count = job.cells;
-  cells.values = job.values + (head * job.rows + job.packed) * stride;
+  Weighted<float> pools{};
+  pools.weights = work.scores + count * kQueries, pools.count = job.pools;
+  pools.values = job.values + (head * job.rows + job.packed) * stride;
   for (size_t start = 0; start < count; start += chunk, sums.weights += chunk * kQueries, sums.places += chunk) {
     if (start + chunk >= count) {
-      sums.count = count - start, sums.more = &cells, sums.factor = factor;
+      sums.count = count - start, sums.more = &pools, sums.factor = factor;
       sums.output = output, sums.valid = valid, sums.width = width, sums.out_stride = job.in.heads * width;
     }
     start == 0 ? Accumulate<Floats, false>(sums) : Accumulate<Floats, true>(sums);
@@ -165,24 +165,24 @@ HWY_NOINLINE void AttendTile(const TableJob<Word>& job, size_t head, size_t begi
                              const TableWork<Word>& work) {
   const Packed& in = job.in;
   const SparseSettings& s = job.settings;
-  const size_t count = s.prefix_keys + s.keys, rows = count + job.cells, batch = head / in.heads;
+  const size_t count = s.prefix_keys + s.keys, rows = count + job.pools, batch = head / in.heads;
   const float* query_rows[kQueries];
   QueryRows(in.Rows(head, 0) + begin * in.Row(), in.Row(), valid, query_rows);
   Kind::PackQueries(query_rows, in.width, in.scale * kLog2e, work.turned, work.qt);
-  float* cells = work.scores + count * kQueries;
+  float* pools = work.scores + count * kQueries;
   if constexpr (Kind::kRounds) {
-    ScoreTable<Kind>(job, head, rows, work, cells);
+    ScoreTable<Kind>(job, head, rows, work, pools);
   } else {
-    ScoreFloats(job, head, count, work, cells);
+    ScoreFloats(job, head, count, work, pools);
   }
-  if (job.cells != 0) {
-    RestOfCells<kSized>(job, work.owner, s.keys, work.scores + s.prefix_keys * kQueries, work.counts, work.sums, cells);
+  if (job.pools != 0) {
+    RestOfPools<kSized>(job, work.owner, s.keys, work.scores + s.prefix_keys * kQueries, work.counts, work.sums, pools);
   }
   if (kSized) {
     AddBias(job.bias + batch * in.tokens, work.places, static_cast<uint32_t>(job.row), count, work.scores);
   }
   HWY_ALIGN float shares[kQueries];
-  WeighTile<kSized>(job, count, work.owner, work.counts, work.scores, cells, work.sums, shares);
+  WeighTile<kSized>(job, count, work.owner, work.counts, work.scores, pools, work.sums, shares);
   const Output output = job.output.From(((batch * in.tokens + begin) * in.heads + head % in.heads) * in.width);
   if constexpr (Kind::kRounds) {
     Kind::PairRows(work.scores, rows, work.weights);
@@ -206,7 +206,7 @@ HWY_NOINLINE void SparseItem(void* data, size_t item, void* base) {
                   in.tokens - s.prefix_keys};
   TableWork<Word> work;
   LayOut<Kind>(job, base, &work);
-  if (prefix_row || (s.tile == 1 && job.cells == 0)) {
+  if (prefix_row || (s.tile == 1 && job.pools == 0)) {
     const size_t token = prefix_row ? unit - job.tiles : s.prefix + unit;
     const float *keys = in.Rows(head, 1), *values = in.Rows(head, 2);
     size_t row = in.Row();
@@ -220,8 +220,8 @@ HWY_NOINLINE void SparseItem(void* data, size_t item, void* base) {
     return;
   }
   [[maybe_unused]] const typename Kind::Session session;
-  PlaceList(job, batch, list, Kind::kRounds ? job.cells : 0, work);
-  if constexpr (Kind::kRounds) GatherTable<Kind>(job, head, count + job.cells, work);
+  PlaceList(job, batch, list, Kind::kRounds ? job.pools : 0, work);
+  if constexpr (Kind::kRounds) GatherTable<Kind>(job, head, count + job.pools, work);
   const size_t begin = s.prefix + unit * s.tile, end = std::min(begin + s.tile, in.tokens);
   const auto attend = job.bias == nullptr ? AttendTile<Kind, false> : AttendTile<Kind, true>;
   for (size_t some = begin; some < end; some += kQueries) {
@@ -239,18 +239,18 @@ bool AttendSparsely(const Packed& in, const int32_t* indices, const SparseSettin
   const size_t heads = in.batch * in.heads;
   const bool pack = Kind::kRounds || in.tokens >= kPackFrom || in.width != job.words;
   job.packed = pack ? in.tokens : 0;
-  job.rows = job.packed + job.cells;
+  job.rows = job.packed + job.pools;
   job.row = pack ? job.words : in.Row();
   const bool shared = call.Share([&](Layout* layout) {
     job.keys = layout->Take<Word>(Plus(Times(heads, job.rows), kPaddedRows), job.words);
     job.values = layout->Take<Word>(heads, job.rows, job.words);
-    job.rests = layout->Take<Word>(Kind::kRounds ? heads * job.cells + kPaddedRows : 0, job.words);
+    job.rests = layout->Take<Word>(Kind::kRounds ? heads * job.pools + kPaddedRows : 0, job.words);
     TakeTables(layout, &job);
   });
   if (!shared) return false;
   FillTables(job);
   const size_t sum = Times(Kind::Stride(in.width), sizeof(float));
-  if ((pack || job.cells != 0) && !call.For(heads * 2 * job.runs, sum, PrepareRun<Kind>, &job)) return false;
+  if ((pack || job.pools != 0) && !call.For(heads * 2 * job.runs, sum, PrepareRun<Kind>, &job)) return false;
   TableWork<Word> work;
   return call.For(heads * (job.tiles + settings.prefix), LayOut<Kind>(job, nullptr, &work), SparseItem<Kind>, &job);
 }

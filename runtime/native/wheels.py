@@ -1,10 +1,10 @@
-"""Builds wheels that need no compiler where they are installed, for x86-64 and AArch64: `make wheels`.
+"""Build wheels for x86-64 and AArch64 that install without a compiler: `make wheels`.
 
     python runtime/native/wheels.py [--machine aarch64] [-o dist]
 
-Each holds the native kernels, which any Python from 3.10 on loads, and OpenVINO's operators in C++ for the two newest
-releases of it. They load from glibc 2.28 on (`old-glibc.h`); `auditwheel` looks whether it is so, and names the wheel.
-Needs a compiler for each machine, and headers of Highway and ONNX Runtime.
+Each wheel contains the native kernels, which any Python from 3.10 on loads, and OpenVINO's operators in C++ for its two
+newest releases. They load on glibc 2.28 and newer (`old-glibc.h`); `auditwheel` checks it and names the wheel. A
+compiler for each machine and the headers of Highway and ONNX Runtime are required.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
 HEADERS = ("hwy", "onnxruntime")
-"""Folders of /usr/include: all of it would hide what a cross compiler brings."""
+"""Folders of /usr/include to use; all of it would hide the headers of a cross compiler."""
 OPENVINO_TAGS = ("manylinux_2_28", "manylinux_2_31", "manylinux_2_35")
-"""What OpenVINO's own wheels ask for."""
+"""Platform tags of OpenVINO's own wheels."""
 NEWEST_GLIBC = 28
-"""What `old-glibc.h` leads to: 2.28."""
+"""Newest minor version of glibc that is allowed, which `old-glibc.h` makes possible: 2.28."""
 LIBRARY = "sparsifiner_edge/ops/native/libsparsifiner_"
 
 
 def pip(*words: object, **variables: str) -> None:
-    """Run pip; what it says is shown where it fails."""
+    """Run pip, and exit with its output if it fails."""
     command = [sys.executable, "-m", "pip", *map(str, words)]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -41,7 +41,7 @@ def pip(*words: object, **variables: str) -> None:
 
 
 def openvinos(machine: str, folder: Path) -> list[Path]:
-    """Packages of OpenVINO's two newest releases for a machine, unpacked."""
+    """Download and unpack OpenVINO's two newest releases for a machine."""
     packages: list[Path] = []
     which = "openvino"
     tags = [f"--platform={tag}_{machine}" for tag in OPENVINO_TAGS]
@@ -58,7 +58,7 @@ def openvinos(machine: str, folder: Path) -> list[Path]:
 
 
 def compiler_of(machine: str) -> str:
-    """Where the compiler for a machine is."""
+    """Return the path of the compiler for a machine."""
     path = shutil.which(COMPILERS[machine])
     if path is None:
         fix = f"apt-get install g++-{machine.replace('_', '-')}-linux-gnu"
@@ -67,7 +67,7 @@ def compiler_of(machine: str) -> str:
 
 
 def build(machine: str, folder: Path) -> Path:
-    """A wheel for a machine, as its compiler makes it."""
+    """Build a wheel for a machine with its compiler."""
     include = folder / "include"
     include.mkdir()
     for name in HEADERS:
@@ -93,8 +93,9 @@ def build(machine: str, folder: Path) -> Path:
 
 
 def repair(wheel: Path, output: Path) -> None:
-    """Put a wheel there whose name says which systems it is for: those with glibc 2.28, or fail. What comes from
-    OpenVINO's package is there where its operators are loaded.
+    """Tag a wheel with the systems that it supports (glibc 2.28 and newer) and write it to `output`, or fail.
+
+    OpenVINO's libraries are left out: they are there when the operators are loaded.
     """
     folder = wheel.parent / "repaired"
     command = [sys.executable, "-m", "auditwheel", "repair", "--plat=auto", f"--wheel-dir={folder}", str(wheel)]
@@ -111,7 +112,7 @@ def repair(wheel: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """See the module's documentation."""
+    """Build the wheels for all machines."""
     parser = argparse.ArgumentParser(description="Wheels that need no compiler where they are installed.")
     parser.add_argument("--machine", action="append", choices=list(COMPILERS), help="Default: both.")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist")

@@ -1,1 +1,1 @@
-"""Everything about a bundle: manifest, hashes, signature, golden pair, engines and kernels in it."""
+"""Bundle format: manifest, file hashes, signature, golden pair, engines and compiled kernels."""

@@ -1,8 +1,8 @@
-"""Engines in a bundle: what each was built for, how its file is named, and which of them fits a machine.
+"""Engines in a bundle: target of each engine, file names, and the choice of an engine for a machine.
 
-An engine is compiled for one backend and version, one GPU architecture, one operating system and processor. All of
-that stands in `manifest.json` under `engines` and in the file's name, so that it is checked before anything is
-deserialised: deserialising runs native code.
+An engine is compiled for one backend and version, one GPU architecture, one operating system and one processor
+architecture. `manifest.json` records all of these under `engines`, and the file name repeats them. They are checked
+before the engine is deserialized, because deserializing runs native code.
 """
 
 from __future__ import annotations
@@ -17,20 +17,33 @@ import msgspec
 
 from sparsifiner_edge.errors import BackendError, ConfigError
 
-BODIES, PLUGIN, MIXED, DENSE, UNMERGED = "bodies", "plugin", "mixed", "dense", "unmerged"
-"""What carries out sparse attention and merging: bodies, the project's CUDA kernels, those with dense attention in the
-layers where it is taken to be faster, dense attention in all, or the dense model, where nothing merges either."""
+BODIES = "bodies"
+"""Engine variant that runs sparse attention and merging as ONNX function bodies."""
+PLUGIN = "plugin"
+"""Engine variant that runs them in this package's CUDA kernels."""
+MIXED = "mixed"
+"""Engine variant with CUDA kernels, and dense attention in the layers where that is estimated to be faster."""
+DENSE = "dense"
+"""Engine variant with dense attention in all layers; tokens still merge."""
+UNMERGED = "unmerged"
+"""Engine variant of the dense model: dense attention and no merging."""
 BASELINES = (MIXED, DENSE, UNMERGED)
-"""They compute something else than the file."""
+"""Engine variants whose results differ from those of the model file."""
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)", re.ASCII)
 _Word: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.+_-]{0,64}\Z")]
-"""Fit for names of files, configurations and terminals."""
+"""Text that is safe in file names, configurations and terminals."""
 Golden: TypeAlias = dict[str, dict[str, float]]
-"""What `golden.check_golden` returns."""
+"""Result of `golden.check_golden`."""
 
 
 class BatchRange(msgspec.Struct, frozen=True):
-    """Batch sizes that an engine takes, from `least` to `most`; it is tuned for `best`. All equal where fixed."""
+    """Batch sizes that an engine accepts; all three are equal for a fixed batch size.
+
+    Attributes:
+        least: Minimum batch size.
+        best: Batch size that the engine is tuned for.
+        most: Maximum batch size.
+    """
 
     least: int
     best: int
@@ -41,13 +54,13 @@ class BatchRange(msgspec.Struct, frozen=True):
 
 
 class EngineVariant(msgspec.Struct, frozen=True, kw_only=True):
-    """One way of carrying out sparse attention (`BODIES`, ..); see `runtime.build`.
+    """Build result of one way to run sparse attention (`BODIES`, `PLUGIN` and so on); see `runtime.build`.
 
     Attributes:
-        golden: what the golden check returned, or its message where it failed.
-        compute_ms: median of some runs.
-        failed: why there is no such engine, or why it was not run.
-        warning: what its time does not say.
+        golden: Result of the golden check, or its error message if the check failed.
+        compute_ms: Median compute time of several runs in milliseconds.
+        failed: Reason why the variant was not built or not run.
+        warning: Limitation of the measured time.
     """
 
     golden: Golden | str | None = None
@@ -57,11 +70,14 @@ class EngineVariant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Details(msgspec.Struct, frozen=True, kw_only=True):
-    """What the builder of an engine reports, for people; a backend leaves out what it does not know.
+    """Build report of an engine, for people; a backend leaves out values that it does not know.
 
     Attributes:
-        build_seconds: by the clock; cpu_seconds: of the building process, its start included. bytes: size of the file.
-        kernels: the variant that was kept; variants: all of them, also those that were not built.
+        build_seconds: Wall-clock time of the build.
+        cpu_seconds: Processor time of the building process, including its start.
+        bytes: Size of the engine file.
+        kernels: Variant that was kept.
+        variants: All variants by name, including those that were not built.
     """
 
     build_seconds: float | None = None
@@ -72,18 +88,23 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def chosen(self) -> EngineVariant:
-        """What is known of the variant that was kept."""
+        """Build result of the variant that was kept."""
         return self.variants.get(self.kernels or "", EngineVariant())
 
 
 class Engine(msgspec.Struct, frozen=True):
-    """What an engine was built for, and runs on alone.
+    """Target of an engine: the only configuration that it runs on.
 
     Attributes:
-        backend: as given to `open_session`. version: of its package, such as "1.7.1.116".
-        compute_capability: of the GPU, such as "8.6". os, cpu: as `system` gives them.
-        precision: the bundle's. batch: sizes that it takes.
-        details: what the builder says about it. file: its path in the bundle; "" before it is built.
+        backend: Backend name, as passed to `open_session`.
+        version: Version of the backend's package, such as "1.7.1.116".
+        compute_capability: Compute capability of the GPU, such as "8.6".
+        os: Operating system, as `system` returns it.
+        cpu: Processor architecture, as `system` returns it.
+        precision: Weight precision of the bundle.
+        batch: Batch sizes that the engine accepts.
+        details: Build report.
+        file: Path inside the bundle; "" before the engine is built.
     """
 
     backend: _Word
@@ -98,7 +119,7 @@ class Engine(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """Such as "tensorrt-rtx-1.7.1.116-sm86-linux-x86_64-fp16-b1"; two engines of one name take the same place."""
+        """Name such as "tensorrt-rtx-1.7.1.116-sm86-linux-x86_64-fp16-b1"; an engine replaces another of its name."""
         sm = self.compute_capability.replace(".", "")
         return f"{self.backend}-{self.version}-sm{sm}-{self.os}-{self.cpu}-{self.precision}-b{self.batch}"
 
@@ -107,8 +128,12 @@ class Engine(msgspec.Struct, frozen=True):
 
 
 class EngineDevice(NamedTuple):
-    """What would run an engine on this machine: the version of its backend's package; the GPU's compute capability,
-    such as "8.6", "" where it is not known yet; the GPU's name, for messages.
+    """Device of this machine that would run an engine.
+
+    Attributes:
+        version: Version of the backend's package.
+        compute_capability: Compute capability of the GPU, such as "8.6"; "" if it is not known yet.
+        name: Name of the GPU, for messages.
     """
 
     version: str
@@ -117,26 +142,26 @@ class EngineDevice(NamedTuple):
 
 
 def system() -> tuple[str, str]:
-    """Operating system and processor of this machine, such as ("linux", "x86_64")."""
+    """Return operating system and processor architecture of this machine, such as ("linux", "x86_64")."""
     return platform.system().lower(), platform.machine().lower()
 
 
 def parse_capability(text: str) -> str:
-    """ "8.6", as the command line takes it, checked.
+    """Check a compute capability from the command line, such as "8.6", and strip surrounding whitespace.
 
     Raises:
-        ConfigError: not two numbers with a point between.
+        ConfigError: The text is not two numbers separated by a point.
     """
     if not _CAPABILITY.fullmatch(text.strip()):
         raise ConfigError(
-            f"compute capability is {text!r}.",
+            f"The compute capability is {text!r}.",
             "Give major and minor version with a point, such as 8.6; nvidia-smi --query-gpu=compute_cap prints it.",
         )
     return text.strip()
 
 
 def mismatches(engine: Engine, device: EngineDevice) -> list[str]:
-    """Why an engine does not run on a device; empty where it does."""
+    """Return the reasons why an engine does not run on a device; empty if it does."""
     (os, cpu), reasons = system(), []
     if (engine.os, engine.cpu) != (os, cpu):
         reasons.append(f"built for {engine.os} on {engine.cpu}, this is {os} on {cpu}")
@@ -150,13 +175,16 @@ def mismatches(engine: Engine, device: EngineDevice) -> list[str]:
 
 
 def fitting_engine(engines: Sequence[Engine], backend: str, device: EngineDevice, folder: Path) -> Engine:
-    """The engine of a backend built last that runs on a device.
+    """Return the most recently built engine of a backend that runs on a device.
 
     Args:
-        engines: of a manifest. folder: the bundle, for messages.
+        engines: Engines in a manifest, oldest first.
+        backend: Backend name.
+        device: Device to run on.
+        folder: Bundle folder, for messages.
 
     Raises:
-        BackendError: no engine runs there; the message says why not, and which command builds one.
+        BackendError: No engine fits. The message gives the reason for each engine and the command that builds one.
     """
     of_backend = [engine for engine in engines if engine.backend == backend]
     for engine in reversed(of_backend):

@@ -1,5 +1,7 @@
-"""What export found, as a manifest says it, for people. Bundles run without it, but for `float16`
-(`Manifest.float_precision`): everything has a default, and None means that the manifest does not say.
+"""Manifest entries with the results of export, for people.
+
+Bundles run without these entries, except for `float16`, which decides `Manifest.float_precision`. Every field has a
+default; None means that the manifest does not contain the value.
 """
 
 from __future__ import annotations
@@ -8,15 +10,17 @@ from msgspec import Struct
 
 
 class Check(Struct, frozen=True):
-    """The file checked against PyTorch.
+    """Comparison of the exported file with PyTorch.
 
     Attributes:
-        errors: output -> greatest difference, relative to its range. least_row_cosines: least cosine of its rows.
-        errors_with_equal_selection: the same as `errors`, with torch reading the keys that the file selected.
-        selected_indices, differing_indices: keys in all layers and runs, and how many of them differ from torch's.
-        differing_tokens: final patches that torch kept and the file did not, where tokens are pruned.
-        batches_run: batch sizes; figures are the worst of all runs.
-        kernels_run: what ran the operators: "portable", and "native" where the library was built.
+        errors: Largest difference per output, relative to the range of the output.
+        least_row_cosines: Smallest row cosine per output.
+        errors_with_equal_selection: Like `errors`, with PyTorch reading the keys that the file selected.
+        selected_indices: Number of key indices selected in all layers and runs.
+        differing_indices: Number of these indices that differ from PyTorch's.
+        differing_tokens: Number of final patches that PyTorch kept and the file did not, for models that prune tokens.
+        batches_run: Batch sizes of the runs; every value is the worst of all runs.
+        kernels_run: Implementations of the operators that ran: "portable", and "native" if the library was built.
     """
 
     errors: dict[str, float] = {}
@@ -30,29 +34,34 @@ class Check(Struct, frozen=True):
 
 
 class Retiled(Struct, frozen=True):
-    """A board's layout in the place of the student's own, which had `tile` and `cells`.
+    """Layout of a sparse model that was changed to suit a board.
 
     Attributes:
-        cosine: mean of the final tokens to those before, over `images`.
-        refused: why a GPU did not get all that suits it.
+        tile: Query tile before the change.
+        background_tokens: Number of background tokens before the change.
+        cosine: Mean cosine between the final tokens after and before the change, over the images.
+        images: Number of images.
+        refused: Reason why a GPU did not get the complete layout that suits it.
     """
 
     tile: int | None = None
-    cells: int | None = None
+    background_tokens: int | None = None
     cosine: float | None = None
     images: int = 0
     refused: str | None = None
 
 
 class Quantisation(Struct, frozen=True):
-    """int8 linear layers.
+    """Accuracy and extent of int8 quantisation.
 
     Attributes:
-        cosines: per output, mean row cosine to the float32 file over held-out images; where tokens merge, with the
-            float32 file's matches.
-        own_matches_cosines: the same with its own matches; empty where no tokens merge.
-        quantised, kept: linear layers in int8; names of those left in float32.
-        calibrated, held_out: numbers of images.
+        cosines: Mean row cosine to the float32 file per output, over held-out images. If tokens merge, both files use
+            the matches of the float32 file.
+        own_matches_cosines: Like `cosines`, with the int8 file's own matches; empty if no tokens merge.
+        quantised: Number of linear layers in int8.
+        kept: Names of the linear layers left in float32.
+        calibrated: Number of calibration images.
+        held_out: Number of held-out images.
     """
 
     cosines: dict[str, float] = {}
@@ -64,13 +73,14 @@ class Quantisation(Struct, frozen=True):
 
 
 class Float16(Struct, frozen=True):
-    """A file whose products and activations are float16.
+    """Accuracy and extent of a file with float16 matrix products and activations.
 
     Attributes:
-        least_row_cosines: per output, least cosine of a row to the float32 file; where tokens merge, with that file's
-            matches.
-        own_matches_cosines: per output, mean cosine of its rows with the file's own matches; empty where none merge.
-        nodes_float16, nodes_float32: nodes that compute in each, of those that compute in floats.
+        least_row_cosines: Smallest row cosine to the float32 file per output. If tokens merge, both files use the
+            matches of the float32 file.
+        own_matches_cosines: Mean row cosine per output with the file's own matches; empty if no tokens merge.
+        nodes_float16: Number of floating-point nodes that compute in float16.
+        nodes_float32: Number of floating-point nodes that compute in float32.
     """
 
     least_row_cosines: dict[str, float] = {}
@@ -80,11 +90,14 @@ class Float16(Struct, frozen=True):
 
 
 class BoardKernels(Struct, frozen=True):
-    """CUDA kernels for one board; see `bundle.kernels`.
+    """CUDA kernels compiled for one board; see `bundle.kernels`.
 
     Attributes:
-        launches, nodes: how many kernels, for how many nodes.
-        refused: name of a node that keeps its body -> why.
+        board: Board name.
+        compute_capability: Compute capability of the board's GPU, such as "8.7".
+        launches: Number of kernels.
+        nodes: Number of nodes that the kernels replace.
+        refused: Reason per node that keeps its ONNX function body.
     """
 
     board: str | None = None

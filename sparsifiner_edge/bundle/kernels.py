@@ -1,7 +1,7 @@
-"""Compiled CUDA kernels in a bundle: their table, and the model whose nodes are launches of them.
+"""Compiled CUDA kernels in a bundle: the table of kernels, and a model whose nodes launch them.
 
-kernels/sm87.json                 the table: schema version, launches, and which nodes of the model they replace
-kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin takes it
+kernels/sm87.json                 table: schema version, launches, and the model nodes that they replace
+kernels/sm87/attend_1a2b3c.ptx    code of one launch in PTX assembly, as TensorRT's plugin takes it
 """
 
 from __future__ import annotations
@@ -20,34 +20,46 @@ from sparsifiner_edge.ops.graph import tidy
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import read_record
 
-KERNELS_SCHEMA = 3
+KERNELS_SCHEMA = 4
 FOLDER = "kernels"
 NAMESPACE = "sparsifiner_kernels"
-"""Domain of nodes that are launches; TensorRT reads it as the namespace of plugins."""
+"""ONNX domain of launch nodes; TensorRT reads it as the plugin namespace."""
 MOST_SHARED_BYTES = 48 << 10
-"""Of a block: what a kernel may have without asking the driver for more, which TensorRT is not known to do."""
+"""Maximum shared memory per block in bytes: the limit above which a kernel must request more from the driver.
+
+TensorRT is not known to make that request.
+"""
 DType = Literal["float32", "float16", "bfloat16", "int32"]
-"""Types of tensors that launches take."""
+"""Element types of tensors that launches take."""
 _Size = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
 _Bytes = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
 _Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
-"""Of a parameter, or of a launch, which becomes the name of a file and of a plugin."""
+"""Name of a parameter or launch; a launch's name also names its file and plugin."""
 
 
 class LaunchTensor(Struct, frozen=True):
-    """A tensor that a launch reads or writes; `shape` is without the batch axis."""
+    """Tensor that a launch reads or writes.
+
+    Attributes:
+        dtype: Element type.
+        shape: Shape without the batch axis.
+    """
 
     dtype: DType
     shape: tuple[_Size, ...]
 
 
 class CompiledLaunch(Struct, frozen=True, kw_only=True):
-    """One launch of compiled code, for any batch.
+    """One launch of compiled code, for any batch size.
 
     Attributes:
-        kernel: its name in the plan. symbol: of the function in the code.
-        grid: blocks in x and y; z is the batch. threads: of a block. shared_bytes: dynamic shared memory of a block.
-        inputs, outputs: by the names of the kernel's parameters, in their order: inputs, then outputs.
+        kernel: Name of the kernel in the plan.
+        symbol: Name of the function in the code.
+        grid: Number of blocks in x and y; z is the batch.
+        threads: Number of threads per block.
+        shared_bytes: Dynamic shared memory per block in bytes.
+        inputs: Input tensors by parameter name, in the order of the kernel's parameters.
+        outputs: Output tensors by parameter name; their parameters follow those of the inputs.
     """
 
     kernel: str | None = None
@@ -60,7 +72,14 @@ class CompiledLaunch(Struct, frozen=True, kw_only=True):
 
 
 class NodeLaunch(Struct, frozen=True):
-    """A launch in the place of a node, or of a part of it: `inputs` and `outputs` are the model's names."""
+    """Launch that replaces a node or part of a node.
+
+    Attributes:
+        name: Name of the new node.
+        launch: Key of the launch in `KernelTable.launches`.
+        inputs: Names of the model's tensors that the launch reads.
+        outputs: Names of the model's tensors that the launch writes.
+    """
 
     name: str
     launch: str
@@ -69,14 +88,17 @@ class NodeLaunch(Struct, frozen=True):
 
 
 class KernelTable(Struct, frozen=True, kw_only=True):
-    """What `kernels/smNN.json` says.
+    """Content of `kernels/smNN.json`.
 
     Attributes:
-        launches: by name. nodes: name of a node that they replace -> its launches, in order.
-        float32: name of a weight that launches read as float32 -> the model's own, of another type.
-        int64: name of a tensor of the model -> what launches write and read in its place, int32.
-        dense: nodes of sparse attention whose layers are taken to be faster with dense attention.
-        triton, ptx_version: what made the code, and for which driver.
+        schema_version: Version of the format.
+        launches: Launches by name.
+        nodes: Launches that replace a node, in order, by the node's name.
+        float32: Name of a weight that launches read as float32 -> name of the model's weight of another type.
+        int64: Name of an int64 tensor of the model -> name of the int32 tensor that launches read and write instead.
+        dense: Names of the sparse attention nodes whose layers are estimated to be faster with dense attention.
+        triton: Version of Triton that compiled the code.
+        ptx_version: PTX version of the code, which determines the driver that it needs.
     """
 
     schema_version: int = KERNELS_SCHEMA
@@ -90,20 +112,24 @@ class KernelTable(Struct, frozen=True, kw_only=True):
 
 
 def table_file(capability: int) -> str:
-    """Where the table for a compute capability (times ten) is in a bundle."""
+    """Return the path of the table for a compute capability (times ten) inside a bundle."""
     return f"{FOLDER}/sm{capability}.json"
 
 
 def code_file(capability: int, launch: str) -> str:
-    """Where the PTX of a launch is in a bundle."""
+    """Return the path of a launch's PTX code inside a bundle."""
     return f"{FOLDER}/sm{capability}/{launch}.ptx"
 
 
 def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
-    """The table of a bundle; None where its manifest lists no kernels for that GPU.
+    """Read the kernel table of a bundle; None if its manifest lists no kernels for that GPU.
+
+    Args:
+        bundle: A checked bundle.
+        capability: Compute capability times ten, such as 87.
 
     Raises:
-        ArtifactError: of another version, or malformed.
+        ArtifactError: The table is malformed or has another schema version.
     """
     file = table_file(capability)
     path = bundle.folder / file
@@ -116,20 +142,20 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
             raise ArtifactError(f"{path} has no launch {node.launch!r:.60}.", AGAIN)
         names += [node.name, *node.inputs, *node.outputs]
     for name in names:
-        if not name.isprintable():  # Half a character, for one, which JSON can hold and a model cannot.
-            raise ArtifactError(f"{path} has the name {name!r:.60}.", AGAIN)
+        if not name.isprintable():  # A lone surrogate, for example: valid in JSON, but not in a model.
+            raise ArtifactError(f"{path} has the name {name!r:.60}, which is not printable.", AGAIN)
     return table
 
 
 def kernel_model(model: Any, table: KernelTable) -> Any:
-    """The model with launches where it has nodes of the table; its own operators' bodies go where none is left, and so
-    do nodes whose results launches write too.
+    """Return a copy of the model in which launches replace the nodes of a kernel table.
 
-    A launch is a node of domain `NAMESPACE` whose type is the launch's name, without a body. `plugin_namespace` and
-    `plugin_version` are for parsers older than TensorRT 10.10, which do not read the domain.
+    A launch is a node of domain `NAMESPACE`, without a function body, whose type is the launch's name. Its attributes
+    `plugin_namespace` and `plugin_version` are for parsers older than TensorRT 10.10, which do not read the domain. The
+    copy also drops nodes whose outputs the launches write, and function bodies that no node uses any more.
 
     Raises:
-        ArtifactError: the model lacks a node or a weight of the table.
+        ArtifactError: The model lacks a node or a weight of the table.
     """
     import numpy as np
     import onnx

@@ -1,4 +1,4 @@
-"""A bundle's manifest: what `manifest.json` says, as a type. No other room reads its JSON."""
+"""Manifest of a bundle: the type of `manifest.json`. No other package reads its JSON."""
 
 from __future__ import annotations
 
@@ -21,21 +21,27 @@ from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.records import read_record, write_record
 
-BUNDLE_SCHEMA = 3
+BUNDLE_SCHEMA = 4
+"""Version of the manifest's format."""
 MODEL_FILE = "model.onnx"
 AGAIN = "Export the bundle again: sparsifiner-edge export STUDENT/ -o BUNDLE/"
+"""Advice of messages about a broken bundle."""
 _Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
 _ImageSize = _Side | Annotated[tuple[_Side, ...], Meta(min_length=2, max_length=2)]
-"""`bounds.ImageSize`. (msgspec 0.22 crashes on a tuple of fixed length beside a number with limits.)"""
+"""Image size as `bounds.ImageSize`, with limits.
+
+msgspec 0.22 crashes on a union of a fixed-length tuple and a number with limits, hence the tuple of variable length.
+"""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
-    """An input or output of a model.
+    """Input or output of a model.
 
     Attributes:
-        name: the tensor's name.
-        dtype: NumPy's name of the element type, such as "uint8".
-        shape: one entry per axis: a size, or the name of a dynamic axis such as "batch", or None for an unnamed one.
+        name: Name of the tensor.
+        dtype: NumPy name of the element type, such as "uint8".
+        shape: One entry per axis: a size, the name of a dynamic axis such as "batch", or None for an unnamed dynamic
+            axis.
     """
 
     name: str
@@ -47,12 +53,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
 
 def shape_text(shape: tuple[int | str | None, ...]) -> str:
-    """Such as "[batch, 224, 224, 3]"."""
+    """Format a shape, such as "[batch, 224, 224, 3]"."""
     return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
 
 
 def tensor_spec(value: Any) -> TensorSpec:
-    """Of an input or output in a file (onnx's ValueInfoProto)."""
+    """Return the specification of an input or output in an ONNX file (onnx's `ValueInfoProto`)."""
     import onnx
 
     tensor = value.type.tensor_type
@@ -61,12 +67,12 @@ def tensor_spec(value: Any) -> TensorSpec:
 
 
 class Preprocessing(msgspec.Struct, frozen=True):
-    """What is done to an image before the model, and what the model does itself.
+    """Steps between an image and the model.
 
     Attributes:
-        size: pixels, one number for a square, else height and width.
-        fit: how an image gets there, unless one says otherwise; see `fitting.Framing`.
-        folded: what the file does to pixels, where the model does not do it itself.
+        size: Input size in pixels: one number for a square, else height and width.
+        fit: How an image is brought to this size unless the caller chooses another fit; see `fitting.Framing`.
+        folded: Normalisation of pixels that export added to the file; None if the model normalises them itself.
     """
 
     size: _ImageSize
@@ -75,18 +81,20 @@ class Preprocessing(msgspec.Struct, frozen=True):
 
 
 class Intended(msgspec.Struct, frozen=True):
-    """What a bundle is to be run by, where a caller does not say; see `Execution`."""
+    """Backend and compute precision that run a bundle unless the caller chooses others; see `Execution`."""
 
     backend: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compute_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
 
 class StreamFiles(msgspec.Struct, frozen=True):
-    """Files by role, of a bundle that computes of a stream's frames what changed.
+    """Files of a bundle for streaming inference, which recomputes only what changed between frames.
 
     Attributes:
-        embedding: what tokens are, and how far they are from what they were. step: chosen tokens through all layers.
-        golden: a sequence of frames. read: layers whose outputs what is behind them reads.
+        embedding: Model that embeds the tokens and measures how far they differ from the previous tokens.
+        step: Model that runs selected tokens through all layers.
+        golden: Reference sequence of frames.
+        read: Layers whose outputs are read by the part of the model behind the layers.
     """
 
     embedding: str = "stream/embedding.onnx"
@@ -96,20 +104,33 @@ class StreamFiles(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle says about itself. Code that needs a missing entry refuses the bundle.
+    """Content of a bundle's `manifest.json`. Code that needs a missing entry raises an error.
 
     Attributes:
-        files: every file but manifest and signature: name -> SHA-256 in hexadecimal.
-        name: of the model, as timm has it. precision: "fp32", "fp16" or "int8"; None: it does not say.
-        shape: the sizes that decide costs. ops: operators of the domain `sparsifiner`.
-        inputs, outputs: of the model, in its order. Images are "NHWC", 0 to 255, RGB.
-        sparsity: None where attention is dense. plan: what each layer does.
-        tolerances: output -> greatest difference from golden, relative to its range; more than 1 would pass anything.
-        engines: in the order in which they were built. stream: of `export --stream`.
-        intended: what is to run it, where that is known.
-        user_call: how far from a user's own function: `export --check`.
-        check, retiled, quantisation, float16, boards: what export found; float16 decides `float_precision`.
-        provenance: where the weights came from, as the student's own file says. tools: package -> version.
+        schema_version: Version of the format.
+        files: SHA-256 in hexadecimal by file name, for all files except the manifest and the signature.
+        name: Name of the model in timm.
+        precision: Weight precision: "fp32", "fp16" or "int8"; None if unknown.
+        shape: Sizes that determine the cost of the model.
+        ops: Operators of the ONNX domain `sparsifiner` that the model uses.
+        inputs: Inputs of the model, in order. Images are "NHWC", RGB, 0 to 255.
+        outputs: Outputs of the model, in order.
+        preprocessing: Steps between an image and the model.
+        sparsity: Settings of sparsity; None if attention is dense.
+        plan: Settings of each layer.
+        tolerances: Largest allowed difference from the golden output, relative to its range, per output. A tolerance
+            above 1 would accept any output.
+        engines: Engines, oldest first.
+        stream: Files for streaming inference, written by `export --stream`.
+        intended: Backend and compute precision to use, if known.
+        user_call: Difference from the user's own function, measured by `export --check`.
+        check: Comparison with PyTorch, measured by export.
+        retiled: Change of layout for a board, made by export.
+        quantisation: Accuracy of int8 quantisation, measured by export.
+        float16: Accuracy of float16, measured by export; also decides `float_precision`.
+        boards: CUDA kernels per board, compiled by export.
+        provenance: Source of the weights, copied from the sparse model's configuration.
+        tools: Version per package.
     """
 
     schema_version: int
@@ -138,28 +159,32 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def float_precision(self) -> str:
-        """What is not int8 in the file: "fp32", or "fp16" with islands of float32."""
+        """Precision of everything that is not int8: "fp32", or "fp16" with some nodes in float32."""
         return "fp16" if self.precision == "fp16" or self.float16 is not None else "fp32"
 
     @property
     def to_float32(self) -> float | None:
-        """Of an int8 file, the least over outputs of their cosines to the float32 file's; None: not said."""
+        """Smallest cosine, over the outputs, of an int8 file to the float32 file; None if unknown."""
         cosines = self.quantisation and (self.quantisation.own_matches_cosines or self.quantisation.cosines)
         return min(cosines.values()) if cosines else None
 
     @property
     def batch(self) -> int | None:
-        """Images at once; None where that is dynamic, or not said."""
+        """Batch size; None if it is dynamic or unknown."""
         size = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else None
         return size if isinstance(size, int) else None
 
 
 def parse_manifest(text: bytes, path: Path) -> Manifest:
-    """The manifest in bytes that were read from `path`.
+    """Parse the bytes of a manifest.
+
+    Args:
+        text: Content of the manifest.
+        path: File that the content was read from, for messages.
 
     Raises:
-        ArtifactError: it is not a bundle's manifest, of another version, a field is mistyped, NaN or infinite, or a
-            name could lead out of the bundle.
+        ArtifactError: The content is not a bundle's manifest or has another schema version, a field is mistyped, NaN or
+            infinite, or a file name could lead out of the bundle.
     """
     content, folder = parse_json(text, path, BUNDLE_SCHEMA, AGAIN), path.parent
     files = content.get("files")
@@ -184,20 +209,20 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
 
 
 def _check_names(files: Mapping[str, object], folder: Path) -> None:
-    """Names become paths wherever a bundle is read, copied or added to; none may lead out of it.
+    """Check the file names of a manifest, which become paths wherever a bundle is read, copied or extended.
 
     Raises:
-        ArtifactError: one is absolute, has an empty part, `.` or `..`, a backslash or a character that cannot be shown,
-            or is that of the manifest or its signature.
+        ArtifactError: A name is absolute, has an empty part, `.` or `..`, a backslash or an unprintable character, or
+            is that of the manifest or the signature.
     """
     for name in files:
         parts = name.split("/")
         reserved = parts[0] in (BUNDLE_FILE, SIGNATURE_FILE)
         if reserved or not {"", ".", ".."}.isdisjoint(parts) or not name.isprintable() or "\\" in name:
-            fix = "Do not use this bundle: it could lead elsewhere. Export it again."
-            raise ArtifactError(f"{folder} names the file {name!r:.200}.", fix)
+            fix = "Do not use this bundle: the name could lead out of it. Export it again."
+            raise ArtifactError(f"{folder} names the file {name!r:.200}, which is not allowed.", fix)
 
 
 def manifest_content(manifest: Manifest) -> Any:
-    """JSON-ready, as `manifest.json` holds it."""
+    """Return the JSON-ready content of `manifest.json`."""
     return {"schema_version": manifest.schema_version, "kind": "bundle", "sparsity": None} | write_record(manifest)

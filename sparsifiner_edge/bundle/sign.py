@@ -1,7 +1,7 @@
 """Signed bundles: a detached Ed25519 signature (RFC 8032) of `manifest.json`, which holds the hash of every other file.
 
-Engines and kernels are native code: whoever can write a bundle can run code where it is opened. A signature says that
-what is about to run is what the holder of the key has signed.
+Engines and kernels are native code, so whoever can write a bundle can run code on the machine that opens it. A valid
+signature proves that the holder of the key signed exactly the files that are about to run.
 """
 
 from __future__ import annotations
@@ -25,12 +25,21 @@ from sparsifiner_edge.text import dump_json
 
 SIGNATURE_SCHEMA = 1
 _CONTEXT = b"sparsifiner-edge bundle 1\n"
-"""Signed before the manifest's bytes, so that a signature made for something else never fits a bundle."""
+"""Prefix of the signed bytes, so that a signature made for another purpose never fits a bundle."""
 _MAX_KEY = 1 << 16
+"""Maximum size of a key file in bytes."""
 
 
 class Signature(Struct, frozen=True, kw_only=True):
-    """What `manifest.sig` says. key: the fingerprint that it claims. signature: 64 bytes, in base64."""
+    """Content of `manifest.sig`.
+
+    Attributes:
+        schema_version: Version of the format.
+        kind: Always "signature".
+        algorithm: Signature algorithm.
+        key: Fingerprint of the public key, as claimed by the file.
+        signature: Signature of 64 bytes, in base64.
+    """
 
     schema_version: int = SIGNATURE_SCHEMA
     kind: str = "signature"
@@ -40,13 +49,17 @@ class Signature(Struct, frozen=True, kw_only=True):
 
 
 def generate_key(path: str | Path) -> tuple[Path, str]:
-    """Write a new private key, readable by its owner alone, and beside it the public one (`.pub`).
+    """Write a new private key, readable only by its owner, and its public key (`.pub`) next to it.
+
+    Args:
+        path: File of the private key, which must not end in `.pub`.
 
     Returns:
-        The public key's file, and its fingerprint.
+        The file of the public key, and its fingerprint.
 
     Raises:
-        ArtifactError: a file of either name exists, `path` names none, or the disk refuses; no file is left.
+        ArtifactError: One of the files exists, `path` is not a valid name for a private key, or the disk refuses. No
+            file is left behind.
         MissingExtraError: `cryptography` is not installed.
 
     Example:
@@ -57,7 +70,9 @@ def generate_key(path: str | Path) -> tuple[Path, str]:
     """
     path = Path(path)
     if not path.name or path.suffix == ".pub":
-        raise ArtifactError(f"{path} names no file of a private key.", "Give its name, with another ending: KEY.pem.")
+        raise ArtifactError(
+            f"{path} is not a file name for a private key.", "Choose a name that does not end in .pub, such as KEY.pem."
+        )
     ed25519, s = _cryptography()
     key, public = ed25519.Ed25519PrivateKey.generate(), path.with_suffix(".pub")
     _write_new(path, key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()), 0o600)
@@ -71,7 +86,10 @@ def generate_key(path: str | Path) -> tuple[Path, str]:
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
-    """A key is never written over another, and half a one would stand in the way of the next try."""
+    """Write a key to a new file, never over an existing one.
+
+    A partial file is removed, so that it does not block the next attempt.
+    """
     with io_errors(path), contextlib.ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -79,41 +97,41 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
             file = stack.enter_context(opened)
         except FileExistsError as error:
             raise ArtifactError(f"{path} exists.", "A key is never overwritten: choose another name.") from error
-        half = stack.enter_context(contextlib.ExitStack())
-        half.callback(path.unlink)
+        cleanup = stack.enter_context(contextlib.ExitStack())
+        cleanup.callback(path.unlink)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-        half.pop_all()
+        cleanup.pop_all()
 
 
 def fingerprint(key: Any) -> str:
-    """SHA-256 of a public key's 32 bytes, in hexadecimal."""
+    """Return the SHA-256 of a public key's 32 bytes, in hexadecimal."""
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()
 
 
 def fingerprint_of(public_key: Path) -> str:
-    """The fingerprint of a public key's file.
+    """Return the fingerprint of the public key in a file.
 
     Raises:
-        ArtifactError: it is not an Ed25519 public key.
+        ArtifactError: The file is not an Ed25519 public key.
         MissingExtraError: `cryptography` is not installed.
     """
     return fingerprint(_read_key(public_key, private=False))
 
 
 def sign_bundle(bundle: str | Path, key: str | Path) -> Signature:
-    """Sign a bundle: writes `manifest.sig`, in the place of an earlier one.
+    """Sign a bundle: write `manifest.sig`, replacing an earlier signature.
 
     Args:
-        bundle: whose hashes match and that holds nothing else.
-        key: an Ed25519 private key, PEM (PKCS 8) without password.
+        bundle: Bundle folder. Its hashes must match, and it must not contain unlisted files.
+        key: File of an Ed25519 private key, PEM (PKCS 8) without password.
 
     Returns:
-        What was written.
+        The signature that was written.
 
     Raises:
-        ArtifactError: not such a bundle or key, or its model needs other files.
+        ArtifactError: The bundle or the key is not valid, or the model needs other files.
         MissingExtraError: `cryptography` is not installed.
 
     Example:
@@ -122,28 +140,28 @@ def sign_bundle(bundle: str | Path, key: str | Path) -> Signature:
         'ed25519'
     """
     folder, private = Path(bundle), _read_key(Path(key), private=True)
-    whole = _open_whole(folder)
-    whole.model()  # One that names other files would run with whatever lies there.
-    encoded = base64.b64encode(private.sign(_CONTEXT + whole.text)).decode()
+    checked = _open_whole(folder)
+    checked.model()  # Rejects a model with external data, which the signature would not cover.
+    encoded = base64.b64encode(private.sign(_CONTEXT + checked.text)).decode()
     signed = Signature(algorithm="ed25519", key=fingerprint(private.public_key()), signature=encoded)
     write_signature(folder, signed)
     return signed
 
 
 def write_signature(folder: Path, signature: Signature) -> None:
-    """Write `manifest.sig`, in the place of an earlier one.
+    """Write `manifest.sig`, replacing an earlier signature.
 
     Raises:
-        ArtifactError: it is a link out of the bundle, or the disk refuses.
+        ArtifactError: The file is a link out of the bundle, or the disk refuses.
     """
     write_text(place_in(folder, SIGNATURE_FILE), dump_json(write_record(signature)))
 
 
 def read_signature(folder: Path) -> Signature | None:
-    """What a bundle's signature says, unchecked; None for an unsigned bundle.
+    """Read a bundle's signature without verifying it; None for an unsigned bundle.
 
     Raises:
-        ArtifactError: it is malformed, of another version, or a link out of the bundle.
+        ArtifactError: The file is malformed, has another schema version, or is a link out of the bundle.
     """
     path = place_in(folder, SIGNATURE_FILE)
     if not path.exists():
@@ -153,17 +171,18 @@ def read_signature(folder: Path) -> Signature | None:
 
 
 def require_signature(folder: Path, public_key: Path) -> Bundle:
-    """A bundle that the holder of a key signed: every file in it, and no other.
+    """Open a bundle and verify that the holder of a key signed every file in it.
 
-    Its manifest was parsed from the bytes that were signed: read its files by `Bundle.read`, and nothing that anyone
-    writes into the folder meanwhile is used.
+    The manifest is parsed from the bytes that were signed. Read files through `Bundle.read`, so that files changed in
+    the meantime are rejected.
 
     Args:
-        folder: the bundle.
-        public_key: an Ed25519 public key, PEM.
+        folder: Bundle folder.
+        public_key: File of an Ed25519 public key, PEM.
 
     Raises:
-        ArtifactError: unsigned, altered, signed by another key; or the bundle or the key is unusable.
+        ArtifactError: The bundle is unsigned, altered, signed by another key or contains unlisted files, or the key is
+            not usable.
         MissingExtraError: `cryptography` is not installed.
     """
     public = _read_key(public_key, private=False)
@@ -187,10 +206,10 @@ def require_signature(folder: Path, public_key: Path) -> Bundle:
 
 
 def _open_whole(folder: Path) -> Bundle:
-    """A checked bundle.
+    """Open a bundle that contains only listed files.
 
     Raises:
-        ArtifactError: not a bundle, altered, or with files that the manifest does not list: some are code.
+        ArtifactError: The folder is not a bundle, was altered, or contains unlisted files, which could be code.
     """
     bundle = open_bundle(folder)
     extra = unlisted_files(bundle)
@@ -200,12 +219,16 @@ def _open_whole(folder: Path) -> Bundle:
 
 
 def unlisted_files(bundle: Bundle) -> list[str]:
-    """Files of a bundle's folder that its manifest does not list; the signature is one only as a link."""
+    """Return the files in a bundle's folder that its manifest does not list, without manifest and signature.
+
+    A manifest or signature that is a symbolic link counts as unlisted.
+    """
     unhashed = {name for name in (BUNDLE_FILE, SIGNATURE_FILE) if not (bundle.folder / name).is_symlink()}
     return sorted(files_in(bundle.folder) - unhashed - set(bundle.manifest.files))
 
 
 def _read_key(path: Path, private: bool) -> Any:
+    """Read an Ed25519 key from a PEM file."""
     ed25519, serialization = _cryptography()
     content = read_bytes(path, _MAX_KEY)
     word, fix = "public key", "Give the .pub file of the signing key."
@@ -216,7 +239,7 @@ def _read_key(path: Path, private: bool) -> Any:
             key, kind = serialization.load_pem_private_key(content, None), ed25519.Ed25519PrivateKey
         else:
             key, kind = serialization.load_pem_public_key(content), ed25519.Ed25519PublicKey
-    except Exception as error:  # Damaged, with a password, or of an algorithm that cryptography does not know.
+    except Exception as error:  # Damaged, password-protected, or of an algorithm that cryptography does not support.
         raise ArtifactError(f"{path} is not a {word}.", fix) from error
     if not isinstance(key, kind):
         raise ArtifactError(f"{path} is not an Ed25519 key.", fix)
@@ -224,7 +247,7 @@ def _read_key(path: Path, private: bool) -> Any:
 
 
 def _cryptography() -> Any:
-    """Its modules for Ed25519 and for files of keys."""
+    """Return the modules of `cryptography` for Ed25519 and for key files."""
     try:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519

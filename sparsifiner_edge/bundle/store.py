@@ -1,4 +1,4 @@
-"""A bundle: its folder and manifest as one value, its files read as the bytes that were hashed, and added to."""
+"""A bundle on disk: open and verify it, read its files as the bytes that were hashed, and add files."""
 
 from __future__ import annotations
 
@@ -54,20 +54,22 @@ from sparsifiner_edge.text import dump_json, printable
 
 LABELS_FILE = "labels.txt"
 _MAX_LABELS = 1 << 24
+"""Maximum size of the file of labels in bytes."""
 GOLDEN_FILE = "golden.npz"
 _Entry = TypeVar("_Entry")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+"""Seals of a file in memory: its content, its size and the seals themselves cannot change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files all matched their hashes; `open_bundle` and `sign.require_signature` give it.
+    """Bundle whose files all matched their hashes; created by `open_bundle` and `sign.require_signature`.
 
     Attributes:
-        folder: as given; messages name it.
-        manifest: made of the very bytes that were checked, the signature included where one is required.
-        text: those bytes.
-        signed: its signature was required, and is that of the key.
+        folder: Path as given, used in messages.
+        manifest: Manifest, parsed from the bytes that were checked (and, if required, whose signature was verified).
+        text: Bytes of the manifest.
+        signed: True if a signature was required and verified with the given key.
     """
 
     folder: Path
@@ -76,16 +78,18 @@ class Bundle:
     signed: bool = dataclasses.field(default=False, kw_only=True, compare=False)
 
     def read(self, name: str, most: int = MAX_FILE) -> bytes:
-        """The content of one of its files: these very bytes have the hash that the manifest says.
+        """Return the content of a file, verified against its hash in the manifest.
 
-        Swapping the file after it was checked has no effect: use what this returns, never the path.
+        The returned bytes are the bytes that were hashed, so replacing the file afterwards has no effect. Use them
+        instead of reading the path again.
 
         Args:
-            name: as in the manifest's `files`.
-            most: bytes that it may have.
+            name: Name in the manifest's `files`.
+            most: Maximum size in bytes.
 
         Raises:
-            ArtifactError: the manifest does not list it; it is missing, altered, larger, or outside the folder.
+            ArtifactError: The manifest does not list the file, or it is missing, altered, too large or outside the
+                folder.
         """
         content = read_bytes(self.path(name), most)
         self.require_hash(name, hashlib.sha256(content).hexdigest())
@@ -93,12 +97,13 @@ class Bundle:
 
     @contextlib.contextmanager
     def sealed_copy(self, name: str) -> Iterator[str]:
-        """A path to a copy of one of its files, in memory: it has the manifest's hash, and nobody can change it.
+        """Yield the path of an immutable, verified copy of a file in memory.
 
-        For libraries that read files: given bytes, they would keep them in memory beside what they load.
+        It is for libraries that read from a path. If they were given bytes, they would keep those in memory in addition
+        to what they load.
 
         Raises:
-            ArtifactError: see `read`; or there is no memory for it.
+            ArtifactError: See `read`; or there is not enough memory.
         """
         handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with os.fdopen(handle, "wb") as copy:
@@ -108,10 +113,10 @@ class Bundle:
             yield f"/proc/self/fd/{handle}"
 
     def path(self, name: str) -> Path:
-        """Where one of its files is; read it by `read`.
+        """Return the path of a file; read its content through `read`.
 
         Raises:
-            ArtifactError: the manifest does not list it; it is missing, or outside the folder.
+            ArtifactError: The manifest does not list the file, or it is missing or outside the folder.
         """
         if name not in self.manifest.files:
             raise ArtifactError(f"{self.folder} has no {name}.", AGAIN)
@@ -121,11 +126,15 @@ class Bundle:
         return path
 
     def copy(self, names: Iterable[str], folder: Path) -> None:
-        """Write some of its files, under their own names, into another folder.
+        """Copy files under their own names into another folder.
+
+        Args:
+            names: Names in the manifest's `files`.
+            folder: Destination folder.
 
         Raises:
-            ArtifactError: see `read`; or a name leads out of `folder`.
-            OSError: the disk refuses.
+            ArtifactError: See `read`; or a name leads out of `folder`.
+            OSError: The disk refuses.
         """
         for name in names:
             path = place_in(folder, name)
@@ -134,27 +143,31 @@ class Bundle:
                 self.require_hash(name, sha256(self.path(name), file))
 
     def require_hash(self, name: str, digest: str) -> None:
-        """Refuse content whose SHA-256 is not the manifest's.
+        """Check a SHA-256 against the manifest.
+
+        Args:
+            name: Name of the file.
+            digest: SHA-256 of its content, in hexadecimal.
 
         Raises:
-            ArtifactError: it is not.
+            ArtifactError: They differ.
         """
         if digest != self.manifest.files[name]:
             raise ArtifactError(f"{self.folder / name} does not match its SHA-256 in the manifest.", AGAIN)
 
     def model(self) -> Any:
-        """Its `onnx.ModelProto`.
+        """Return the model as an `onnx.ModelProto`.
 
         Raises:
-            ArtifactError: its file is not an ONNX file, was altered, or needs another file.
+            ArtifactError: The file is not an ONNX file, was altered, or needs other files.
         """
         return read_model(self.read(MODEL_FILE), self.folder / MODEL_FILE)
 
     def labels(self) -> list[str]:
-        """Its labels, made harmless (`text.printable`); none where the manifest lists no such file.
+        """Return the labels, made printable (`text.printable`); empty if the manifest lists no file of labels.
 
         Raises:
-            ArtifactError: the file was altered, or is too large to be labels.
+            ArtifactError: The file was altered, or is too large for labels.
         """
         if LABELS_FILE not in self.manifest.files:
             return []
@@ -162,10 +175,14 @@ class Bundle:
         return [printable(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
 
     def require(self, value: _Entry | None, name: str) -> _Entry:
-        """An entry of the manifest that the caller requires.
+        """Return a manifest entry, which must be present.
+
+        Args:
+            value: Value of the entry.
+            name: Name of the entry, for the message.
 
         Raises:
-            ArtifactError: it is missing.
+            ArtifactError: The value is None.
         """
         if value is None:
             raise ArtifactError(f"{self.folder}: {name} is missing.", AGAIN)
@@ -173,30 +190,30 @@ class Bundle:
 
     @property
     def image_size(self) -> ImageSize:
-        """Pixels of the images that it takes: one number for a square.
+        """Input image size in pixels: one number for a square, else height and width.
 
         Raises:
-            ArtifactError: the manifest does not say.
+            ArtifactError: The manifest has no image size.
         """
         return size_of(*height_width(self.require(self.manifest.preprocessing, "preprocessing").size))
 
     @property
     def precision(self) -> str:
-        """What linear layers are stored in; "fp32" where the manifest does not say. See `Manifest.float_precision`."""
+        """Weight precision of the linear layers; "fp32" if the manifest has none. See `Manifest.float_precision`."""
         return self.manifest.precision or "fp32"
 
     def subject(self, role: str | None = None) -> Subject:
-        """How a result names it: its path as given, its name, and the SHA-256 of its manifest."""
+        """Return the description of the bundle for results: path as given, name, and SHA-256 of the manifest."""
         name = self.manifest.name or self.folder.resolve().name
         sha256, cosine = bundle_hash(self.folder), self.manifest.to_float32
         return Subject(role=role, kind="bundle", path=str(self.folder), name=name, sha256=sha256, to_float32=cosine)
 
 
 def place_in(folder: Path, name: str) -> Path:
-    """Where a file of a bundle is, or is to be; every name passes through here before anything is read or written.
+    """Return the path of a file in a bundle; every name is checked here before anything is read or written.
 
     Raises:
-        ArtifactError: links in the folder lead elsewhere, or in a circle; the name is too long.
+        ArtifactError: A link leads out of the folder or in a circle, or the name is too long.
     """
     path = folder / name
     try:
@@ -205,17 +222,20 @@ def place_in(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{folder} cannot be read: {error}.", "Do not use this bundle.") from error
     if not inside:
-        raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
+        raise ArtifactError(
+            f"{folder} names the file {name!r}, which lies outside the bundle.", "Do not use this bundle."
+        )
     return path
 
 
 def open_bundle(folder: Path) -> Bundle:
-    """A bundle whose files all match their hashes.
+    """Open a bundle and verify the hash of every file.
 
-    Those files are read later by `Bundle.read`, which checks the very bytes against the hash again.
+    The files are read later through `Bundle.read`, which verifies the bytes again.
 
     Raises:
-        ArtifactError: not a bundle, of another version, a file missing, altered, or outside the folder.
+        ArtifactError: The folder is not a bundle or has another schema version, or a file is missing, altered or
+            outside the folder.
     """
     text = read_manifest(folder)
     bundle = Bundle(folder, parse_manifest(text, folder / BUNDLE_FILE), text=text)
@@ -225,10 +245,10 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def read_manifest(folder: Path) -> bytes:
-    """The bytes of a bundle's manifest.
+    """Read the bytes of a bundle's manifest.
 
     Raises:
-        ArtifactError: see `require_kind`; or the manifest cannot be read.
+        ArtifactError: See `require_kind`; or the manifest cannot be read.
     """
     if not os.path.lexists(folder / BUNDLE_FILE):
         require_kind(folder, "bundle")
@@ -236,12 +256,12 @@ def read_manifest(folder: Path) -> bytes:
 
 
 def bundle_hash(folder: Path) -> str:
-    """SHA-256 of the manifest: names the bundle and, through it, every file in it."""
+    """Return the SHA-256 of the manifest, which identifies the bundle and, through its hashes, every file in it."""
     return sha256(folder / BUNDLE_FILE)
 
 
 def seal_bundle(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` with the SHA-256 of every other file in `folder`."""
+    """Write `manifest.json` with the SHA-256 of every other file in the folder."""
     files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     content = manifest_content(msgspec.structs.replace(manifest, files=files))
     (folder / BUNDLE_FILE).write_text(dump_json(content), encoding="utf-8")
@@ -249,10 +269,12 @@ def seal_bundle(folder: Path, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def bundle_scratch(folder: Path) -> Iterator[Path]:
-    """A folder in a bundle for files that are being made; it is removed after the block, as is what killed builds left.
+    """Yield a temporary folder inside a bundle, for files under construction; remove it afterwards.
+
+    Leftovers of builds that were killed are removed first.
 
     Raises:
-        ArtifactError: the disk refuses.
+        ArtifactError: The disk refuses.
     """
     with contextlib.ExitStack() as stack:
         with io_errors(folder), hold_lock(folder):
@@ -267,15 +289,17 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
 
 
 def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Manifest], Manifest]) -> None:
-    """Move files into a bundle and replace its manifest: both or neither. Files that are no longer listed are removed.
+    """Move files into a bundle and replace its manifest, both or neither; remove files that are no longer listed.
 
     Args:
-        files: place in the bundle -> where the file is now, on the same file system; places must be new.
-        change: present manifest -> new manifest; its `files` name what is kept, their hashes are its own,
-            those of the new files are added here.
+        folder: Bundle folder.
+        files: Present path of each new file by its name in the bundle. The names must be new, and the files must be on
+            the same file system.
+        change: Function that maps the present manifest to the new one. The new manifest's `files` list the files to
+            keep with their present hashes; the hashes of new files are added here.
 
     Raises:
-        ArtifactError: the bundle is not one any more, or the disk refuses; the bundle is as it was.
+        ArtifactError: The folder is no longer a bundle, or the disk refuses; the bundle is unchanged.
     """
     with io_errors(folder), hold_lock(folder):
         before = parse_manifest(read_manifest(folder), folder / BUNDLE_FILE)
@@ -290,19 +314,20 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
                 place_in(folder, name).unlink(missing_ok=True)
 
 
-def remember_execution(folder: Path, backend: str, precision: str = "auto") -> None:
-    """Let a bundle say what it is intended for; a signature holds no longer, as after building an engine.
+def remember_execution(folder: Path, backend: str, compute_precision: str = "auto") -> None:
+    """Record in a bundle the backend and compute precision that it is intended for. This invalidates its signature.
 
     Raises:
-        ConfigError: these are no backend and precision as `Execution` has them. ArtifactError: see `extend_bundle`.
+        ConfigError: Backend or compute precision is not one that `Execution` accepts.
+        ArtifactError: See `extend_bundle`.
     """
-    named = {"backend": backend, "precision": precision}
+    named = {"backend": backend, "compute_precision": compute_precision}
     intended = read_record(named, Intended, "Intended", "Correct it.", ConfigError)
     extend_bundle(folder, {}, lambda manifest: msgspec.structs.replace(manifest, intended=intended))
 
 
 def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:
-    """The manifest's replacement, one rename, is what makes the files part of the bundle."""
+    """Move files into a bundle, then replace its manifest with one rename, which makes the files part of the bundle."""
     placed: list[Path] = []
     try:
         for name, path in files.items():
@@ -313,6 +338,6 @@ def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:
     except BaseException:
         for path in placed:
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # Only when empty.
+        with contextlib.suppress(OSError):  # Not empty: the bundle has other engines.
             (folder / ENGINE_FOLDER).rmdir()
         raise

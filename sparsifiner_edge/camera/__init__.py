@@ -1,5 +1,5 @@
-"""Running bundles on images, videos and cameras.
+"""Inference on images, videos and cameras.
 
-`sources` reads a URI, `child` (a process of its own) decodes it, `capture` keeps that process alive and its newest
-frame, `service` takes frames through the model and on to `json_lines`, `overlay` and `health`.
+`sources` parses a URI, `child` decodes it in a separate process, and `capture` keeps that process alive and holds its
+newest frame. `service` passes frames through the model and hands the answers to `json_lines`, `overlay` and `health`.
 """

@@ -1,4 +1,4 @@
-"""What `run` gives of a frame, and the records that it writes as JSON lines; there what is None is left out."""
+"""Answers of `run`, and the records that it writes as JSON lines. Fields that are None are left out of the JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from sparsifiner_edge.runtime.stream import Computed
 
 
 class Class(msgspec.Struct, frozen=True):
-    """One class of a classifier's answer."""
+    """One class of a classifier's answer.
+
+    Attributes:
+        number: Index of the class; `class` in JSON.
+        label: Label of the class.
+        probability: Softmax probability.
+    """
 
     number: int = msgspec.field(name="class")
     label: str
@@ -20,12 +26,15 @@ class Class(msgspec.Struct, frozen=True):
 
 
 class MapSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A dense map in a few numbers.
+    """Summary of a dense map, computed without its letterbox bars.
 
     Attributes:
-        output: its name. mean, least, greatest: of its values, bars left out.
-        area: where all values lie between 0 and 1: share of the box above the threshold. centroid: of that part, x and
-            y from 0 (left, top) to 1 of the box; None where there is none.
+        output: Name of the output, followed by ".CHANNEL" if it has several channels.
+        mean: Mean of the values.
+        least: Minimum of the values.
+        greatest: Maximum of the values.
+        area: Share of the box above the threshold, for maps from 0 to 1; None for other maps.
+        centroid: Centre (x, y) of that area, from 0 (left, top) to 1 of the box; None if there is no such area.
     """
 
     output: str
@@ -37,14 +46,15 @@ class MapSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model says of an image.
+    """Answer of a model for one image.
 
     Attributes:
-        top: of a classifier, the best first; empty where a logit is NaN or infinite, or no class reaches the threshold.
-        features: of another model; None for those that are NaN or infinite.
-        maps: of a model that gives dense maps; empty where a value is NaN or infinite.
-        not_finite: how many numbers of all these were, where any was.
-        change: of a video's features; see `Model.frame_answer`.
+        top: Classes of a classifier, the most probable first. Empty if a logit is NaN or infinite, or if no class
+            reaches the threshold.
+        features: Features of a model without logits; None in place of a value that is NaN or infinite.
+        maps: Summaries of a model that outputs dense maps. Empty if a value is NaN or infinite.
+        not_finite: Number of values that were NaN or infinite; None if there were none.
+        change: How far the features of a video frame moved; see `Model.frame_answer`.
     """
 
     top: list[Class] | None = None
@@ -55,17 +65,25 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrameRecord(Answer, frozen=True):
-    """A frame's line: what is said of it, and how long that took.
+    """JSON line of a frame: its answer and its timing.
+
+    All times but `pts_s` and `monotonic_s` are durations in milliseconds. docs/camera.md defines them.
 
     Attributes:
-        source: as it may be shown.
-        box: what the model read of it: left, top, width, height in pixels of the frame.
-        frame: its number among those that were answered.
-        skipped: frames dropped unseen since the one before.
-        pts_s: in the stream. monotonic_s: on the monotonic clock, when it was done.
-        capture_ms, preprocess_ms, queued_ms, infer_ms, postprocess_ms, end_to_end_ms: see docs/camera.md.
-        frame_age_ms: since it was taken; of a live source.
-        computed: of the frame, where a stream keeps what did not change.
+        source: Source in a form without secrets; see `Source.shown`.
+        box: Part of the frame that the model read: left, top, width and height in pixels.
+        frame: Number of the answer, from 0.
+        skipped: Frames dropped since the previous answer.
+        pts_s: Time in the stream in seconds.
+        monotonic_s: When the answer was ready, in seconds on the monotonic clock.
+        capture_ms: From capture (camera) or from the start of decoding (file) until the frame was decoded.
+        preprocess_ms: Resizing.
+        queued_ms: Waiting until the model was free.
+        infer_ms: Inference.
+        postprocess_ms: From the outputs of the model to the record.
+        end_to_end_ms: From arrival to answer, without `queued_ms`.
+        frame_age_ms: From capture to answer, including all waiting; only for live sources.
+        computed: Kind, share and age of the update; only with streaming inference.
     """
 
     source: str
@@ -85,7 +103,16 @@ class FrameRecord(Answer, frozen=True):
 
 
 class ImageRecord(Answer, frozen=True):
-    """A still image's line; one that cannot be read has an error, and no more."""
+    """JSON line of a still image. An image that cannot be read has only `source` and `error`.
+
+    Attributes:
+        source: Path of the image.
+        box: Part of the image that the model read: left, top, width and height in pixels.
+        preprocess_ms: Reading, decoding and resizing.
+        infer_ms: Inference.
+        end_to_end_ms: From opening the file to the answer.
+        error: Why the image cannot be read.
+    """
 
     source: str
     box: Box | None = None
@@ -97,14 +124,17 @@ class ImageRecord(Answer, frozen=True):
 
 @dataclass(frozen=True)
 class Answered:
-    """An image or a frame, and what the model says of it.
+    """An image or frame with its answer.
 
     Attributes:
-        index: counts from 0. ms: milliseconds of work on it; what a frame waited is `record.queued_ms`.
-        image: what the model saw, uint8 RGB [H,W,3]. outputs: the model's own, batch 1; see `Session.infer`.
-        record: its line: classes with their labels, times. fitting: which part of the frame `image` is: see `to_frame`.
-        view: the whole frame, where an overlay is drawn. fresh: of a step of a stream, the patches of `image` that were
-            computed, bool [rows,columns].
+        index: Number of the answer, from 0.
+        ms: Milliseconds of work on it. The time that a frame waited is `record.queued_ms`.
+        image: Input of the model, uint8 RGB [H,W,3].
+        outputs: Outputs of the model with batch size 1; see `Session.infer`.
+        record: JSON line, with labelled classes and times.
+        fitting: Geometry between `image` and the frame; see `Fitting.to_frame`.
+        view: Whole frame, uint8 RGB [H,W,3], if an overlay is drawn.
+        fresh: Patches of `image` that an incremental update computed, bool [rows,columns].
     """
 
     index: int
@@ -118,12 +148,14 @@ class Answered:
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run went.
+    """Figures of a whole run.
 
     Attributes:
-        processed: images or frames answered. dropped: frames of a live source that gave way to a newer one.
-        per_s: answers per second, from the first to the last; None of fewer than two.
-        median_ms, p95_ms: by the time's name (without _ms), of the last `status.LATEST` answers.
+        processed: Answered images or frames.
+        dropped: Frames of a live source that were replaced by a newer one.
+        per_s: Answers per second, from the first to the last; None for fewer than two.
+        median_ms: Median of each time of the last `status.LATEST` answers, by its name without _ms.
+        p95_ms: 95th percentile of the same times.
     """
 
     processed: int

@@ -1,4 +1,4 @@
-"""Keeps a decoding process alive, and its newest frame at hand."""
+"""Supervision of the decoding process, and access to its newest frame."""
 
 from __future__ import annotations
 
@@ -25,21 +25,34 @@ from sparsifiner_edge.images import image_size, list_images
 from sparsifiner_edge.process import StalledError, start_python
 from sparsifiner_edge.text import printable
 
-FIRST_WAIT_S, MOST_WAIT_S = 0.25, 2.0
+FIRST_WAIT_S = 0.25
+"""Longest wait after the first failed attempt, in seconds. It doubles with every further attempt."""
+MOST_WAIT_S = 2.0
+"""Longest wait between two attempts, in seconds."""
 _START_S = 20.0
-"""For the process to import its decoder, which takes seconds on a small board, beside what a connection takes."""
+"""Seconds for the process to import its decoder, which is slow on a small board. The connection has its own limit."""
 
 
 def wait_s(attempts: int) -> float:
-    """Seconds to wait after `attempts` failed ones: doubled with each, and random, so that many cameras do not
-    return in step.
+    """Return how many seconds to wait after a number of failed attempts.
+
+    The wait doubles with each attempt and is random, so that many cameras do not reconnect in step.
     """
     most = min(MOST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempts - 1, 16)) if attempts else 0.0
     return random.uniform(most / 2, most)  # noqa: S311  (no secret)
 
 
 def frame_size(source: Source, seconds: float = 20) -> tuple[int, int]:
-    """Width and height of a source's first frame, in pixels; it is an ImageError if none comes in time."""
+    """Return width and height of a source's first frame in pixels.
+
+    Args:
+        source: Source to read.
+        seconds: Time to wait for the first frame.
+
+    Raises:
+        ImageError: No frame arrived in time.
+        SparsifinerError: The source cannot be read, or its decoder is not installed.
+    """
     if source.kind == "images":
         return image_size(list_images(Path(source.location))[0])
     require_decoder(source)
@@ -48,24 +61,25 @@ def frame_size(source: Source, seconds: float = 20) -> tuple[int, int]:
         while not capture.is_over and time.monotonic() < until:
             if (frame := capture.take(0.1)) is not None:
                 return frame.width, frame.height
-    reason = capture.failure or status.last_reason or "nothing came in time"
+    reason = capture.failure or status.last_reason or "no frame arrived in time"
     raise ImageError(f"{source.shown} gave no frame: {reason.rstrip('.')}.", "Give an image or a video.")
 
 
 class Capture:
-    """Runs the decoding process from a thread of its own, and another where a live source ended. A context manager.
+    """Context manager that runs the decoding process from its own thread, and restarts it when a live source ends.
 
-    There is room for one frame: a live source replaces what lies there, another waits until it is taken.
+    It holds one frame. A frame of a live source replaces the one that was not taken; any other source waits until its
+    frame is taken.
 
     Args:
-        source: what to read.
-        wanted: of each frame.
-        stall_s: the process is ended and started anew when nothing came for so long.
-        status: told about every change.
+        source: Source to read.
+        wanted: Requested form of each frame.
+        stall_s: Seconds without a frame after which the process is killed and started again.
+        status: Receives every change of state.
 
     Attributes:
-        failure: why a source that is not live ended, if not by itself; or why a live one cannot be used at all: its
-            first frame does not have the region.
+        failure: Why a source that is not live ended, or None if it ended normally. For a live source: why it cannot be
+            used at all, because its first frame does not contain the region.
     """
 
     def __init__(self, source: Source, wanted: Wanted, stall_s: float, status: Status) -> None:
@@ -89,16 +103,17 @@ class Capture:
 
     @property
     def is_over(self) -> bool:
-        """That no frame lies there, and none will follow."""
+        """True if no frame is held and none will follow."""
         return self._ended.is_set() and self._frames.empty()
 
     def take(self, seconds: float) -> Frame | None:
-        """The frame, as soon as there is one; None after `seconds`."""
+        """Return the next frame as soon as there is one, or None after `seconds`."""
         with contextlib.suppress(queue.Empty):
             return self._frames.get(timeout=seconds)
         return None
 
     def _run(self) -> None:
+        """Run attempts until the source ends or the capture is stopped."""
         try:
             while not self._stop.is_set():
                 state, reason = self._attempt()
@@ -113,11 +128,11 @@ class Capture:
             self.failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self._ended.set()  # First: whatever comes of the rest, the loop learns that no frame will follow.
+            self._ended.set()  # First, so that the loop learns that no frame will follow even if the rest fails.
             self._status.enter("ended", self.failure)
 
     def _attempt(self) -> tuple[str, str | None]:
-        """Start a process and read it until it ends, hangs or crashes; the state that is then, and why."""
+        """Run one decoding process until it ends, hangs or crashes; return the resulting state and its reason."""
         try:
             with self._start() as process:
                 try:
@@ -127,15 +142,15 @@ class Capture:
                     self._kill()
         except StalledError:
             self._status.count("stalls")
-            return "stalled", "nothing came in time; the decoder was ended (see --stall)"
+            return "stalled", "no frame arrived in time; the decoder was ended (see --stall)"
         except ProtocolError as error:
             self._status.count("crashes", not self._stop.is_set())
             return "lost", str(error)
-        except OSError as error:  # The machine is short of memory or processes, for now.
+        except OSError as error:  # The machine is temporarily short of memory or processes.
             return "lost", f"the decoder cannot be started: {error.strerror}"
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """A process that knows what to read. While it imports its decoder the time to wait goes by."""
+        """Start a process and send it its request. It imports its decoder while the waiting time passes."""
         self._process = start_python(
             "sparsifiner_edge.camera.child",
             {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -148,34 +163,35 @@ class Capture:
         self._status.enter("connecting", None, self._attempts)
         wanted = msgspec.to_builtins(self._wanted)
         request = [self._source.kind, self._source.location, wanted, self._stall_s]
-        # Not as an argument, which every user of the machine can read: an address may hold a password.
+        # An address may contain a password, and every user of the machine can read command-line arguments.
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(json.dumps(request).encode())
         return self._process
 
     def _kill(self) -> None:
+        """Kill the decoding process and its children, if it is running."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self, handle: int) -> str | None:
-        """Frames into the mailbox until the source ends; why it did, if not by itself."""
-        message, bad = receive(handle, self._wanted, _START_S + 2 * self._stall_s), 0
+        """Read frames until the source ends; return the reason, or None if it ended normally."""
+        message, bad_packets = receive(handle, self._wanted, _START_S + 2 * self._stall_s), 0
         while not isinstance(message, End):
             self._attempts = 0
             self._status.count("captured")
             self._status.enter("streaming", decoder=message.decoder and printable(message.decoder, SHOWN_REASON))
-            self._leave(replace(message, skipped=0))
-            self._status.count("bad_packets", max(0, message.bad_packets - bad))
-            bad = message.bad_packets
+            self._put(replace(message, skipped=0))
+            self._status.count("bad_packets", max(0, message.bad_packets - bad_packets))
+            bad_packets = message.bad_packets
             message = receive(handle, self._wanted, self._stall_s)
-        # Later another camera may have come in its place, and go again.
+        # Only before the first frame: later, a camera may have been swapped for another one for a while.
         self._unfit = message.unfit and self._wanted.framing.region is not None and not self._status.counts["captured"]
         return None if message.reason is None else printable(self._source.clean(message.reason), SHOWN_REASON)
 
-    def _leave(self, frame: Frame) -> None:
-        """A frame, to be taken."""
+    def _put(self, frame: Frame) -> None:
+        """Make a frame available, and count the frame that it replaces."""
         while not self._stop.is_set():
             try:
                 self._frames.put(frame, timeout=0 if self._source.live else 0.5)

@@ -1,8 +1,8 @@
-"""The decoding process: reads a source once, sends its frames to the parent, and says why it ended.
+"""Decoding process: reads a source once, sends its frames to the parent, and reports why it ended.
 
-A process of its own because a decoder that hangs can be killed there, and one that crashes, or is taken over by what a
-stranger sent, takes nothing with it: what it needs is imported and open before it is confined (see `confine`), and only
-then it reads. Started by `capture`, which starts another where a live source ended.
+It is a separate process because a decoder that hangs can then be killed, and one that crashes, or is taken over by
+malicious input, affects nothing else. Everything that it needs is imported and opened before it is confined (see
+`confine`); only then it reads the source. `capture` starts it, and starts another one when a live source ends.
 """
 
 from __future__ import annotations
@@ -32,35 +32,39 @@ from sparsifiner_edge.fitting import Framing
 
 
 def main() -> None:
-    """Standard input: JSON, the arguments of `frames_of` but the last; until it comes, which may be a while, all is
-    imported.
+    """Decode the source requested on standard input, and write its frames to standard output.
+
+    The request is a JSON list with the arguments of `frames_of` except the last. The decoder is imported while the
+    process waits for it.
     """
     starter = os.getppid()
     import_decoder()
     kind, location, wanted, patience_s = json.loads(sys.stdin.buffer.read())
     parent = os.dup(1)
-    os.dup2(2, 1)  # Whatever a library prints must not end up between the messages.
+    os.dup2(2, 1)  # Output that a library prints must not end up between the messages.
     end = End()
     try:
         for frame in frames_of(kind, location, msgspec.convert(wanted, Wanted), patience_s, starter):
             send(parent, frame)
-    # FFmpeg's errors are many; each means the same here: this attempt is over.
+    # FFmpeg has many kinds of errors. All of them end this attempt.
     except Exception as error:
         end = End(reason_of(error), isinstance(error, ConfigError))
-    with contextlib.suppress(BrokenPipeError):  # The parent has gone, or has had enough.
+    with contextlib.suppress(BrokenPipeError):  # The parent is gone, or has stopped reading.
         send(parent, end)
 
 
 def frames_of(kind: str, location: str, wanted: Wanted, patience_s: float, starter: int) -> Iterator[Frame]:
-    """Frames of the source, until it ends. Before the first this process is confined, for good.
+    """Yield the frames of a source until it ends. Confines this process for good before the first frame.
 
-    A GStreamer pipeline is the user's own command line, and is not: it caches a registry, may record, needs devices.
+    A GStreamer pipeline is not confined: it is the user's own command line, caches a registry, may record, and needs
+    devices.
 
     Args:
-        kind, location: see `sources.Source`.
-        wanted: of each frame.
-        patience_s: for a stream to be opened, and between its packets.
-        starter: the process that started this one.
+        kind: Kind of the source; see `sources.Source`.
+        location: Location of the source; see `sources.Source`.
+        wanted: Requested form of each frame.
+        patience_s: Seconds to wait for a stream to open, and between its packets.
+        starter: Process ID of the parent.
     """
     if kind == "gst":
         yield from read_pipeline(location, wanted)
@@ -69,7 +73,7 @@ def frames_of(kind: str, location: str, wanted: Wanted, patience_s: float, start
         port = None
         if kind == "test":
             frames = _test_frames(float(location), wanted)
-            next(frames)  # So that all is imported.
+            next(frames)  # Imports everything that drawing a frame needs.
         else:
             from sparsifiner_edge.camera.libav import read_stream
 
@@ -77,14 +81,15 @@ def frames_of(kind: str, location: str, wanted: Wanted, patience_s: float, start
             frames = read_stream(file or location, wanted, patience_s)
             if file is None:
                 host, port = place_of(location)
-                socket.getaddrinfo(host, port)  # So that the system's libraries for names are loaded.
+                socket.getaddrinfo(host, port)  # Loads the system's libraries for name resolution.
         confine(starter, port)
         yield from frames
 
 
 def import_decoder() -> None:
-    """All of PyAV, where it is installed, and of Pillow: both import what they need when they meet it, and by then no
-    file can be opened.
+    """Import all of Pillow and, if installed, all of PyAV.
+
+    Both import modules on first use, when the confined process can no longer open files.
     """
     frame_of(Image.new("RGB", (2, 1)), Wanted(Framing(2, "letterbox"), view=True), (0, 0, 0))
     with contextlib.suppress(ImportError):
@@ -92,12 +97,12 @@ def import_decoder() -> None:
 
         for module in pkgutil.walk_packages(av.__path__, "av."):
             if not module.name.endswith("__main__"):
-                with contextlib.suppress(ImportError):  # One that this machine cannot use.
+                with contextlib.suppress(ImportError):  # A module that this machine cannot use.
                     importlib.import_module(module.name)
 
 
 def _test_frames(fps: float, wanted: Wanted) -> Iterator[Frame]:
-    """The moving pattern, each frame when it is due; those that nobody was there for are left out."""
+    """Yield the moving pattern, each frame when it is due. Frames that are already overdue are left out."""
     start, number = time.monotonic_ns(), 0
     while True:
         due = start + round(number * 1e9 / fps)
@@ -108,11 +113,11 @@ def _test_frames(fps: float, wanted: Wanted) -> Iterator[Frame]:
 
 
 def reason_of(error: Exception) -> str:
-    """Why an attempt ended, on one line."""
-    if type(error).__name__ == "ExitError":  # How PyAV says that the time is over.
-        return "it gave nothing in time"
-    what = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
-    text = " ".join(str(what).split()).rstrip(".").encode(errors="replace").decode()
+    """Return why an attempt ended, on one line."""
+    if type(error).__name__ == "ExitError":  # PyAV's error for an exceeded timeout.
+        return "it sent nothing in time"
+    message = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = " ".join(str(message).split()).rstrip(".").encode(errors="replace").decode()
     return text[:MAX_REASON]
 
 

@@ -1,6 +1,6 @@
-"""What the decoding process tells its parent, as MessagePack: frames, and in the end why there are no more.
+"""Messages from the decoding process to its parent, as MessagePack: frames, and finally why there are no more.
 
-Whoever reads trusts nothing: what decodes hostile input may have been taken over by it.
+The reader validates everything, because malicious input may have taken over the decoder.
 """
 
 from __future__ import annotations
@@ -21,22 +21,35 @@ from sparsifiner_edge.process import read_message, write_message
 from sparsifiner_edge.text import printable
 
 _MOST_BESIDE = 1 << 16
-"""Bytes of a message beside a frame's pixels."""
+"""Limit of the bytes of a message that are not pixels."""
 MAX_REASON = 10_000
-"""Characters on the way; `SHOWN_REASON` are shown, once what is secret in the whole is out."""
+"""Longest reason in a message, in characters. It is long so that secrets can be removed before it is cut."""
 SHOWN_REASON = 300
+"""Longest reason that is shown, in characters."""
 VIEW_SIDE = 1280
-"""Most pixels along a side of a frame that is shown."""
+"""Longest side of a frame in an overlay, in pixels."""
 _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Seconds = Annotated[float, Meta(ge=-(1 << 34), le=1 << 34)]
-"""At most some centuries, which NaN is not."""
+"""A few centuries at most. The limits also reject NaN."""
 _Side = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 
 class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="frame"):
-    """A frame: the model's input, uint8 RGB row by row; times on the monotonic clock, time in the stream, the stream's
-    damaged packets so far, and how many frames since the one before were dropped unseen; the frame's own size, and
-    where it is to be shown the whole, at `view_size`; what decodes, in words.
+    """A decoded frame. Times are in nanoseconds on the monotonic clock.
+
+    Attributes:
+        pixels: Input of the model, uint8 RGB row by row.
+        width: Width of the original frame in pixels.
+        height: Height of the original frame in pixels.
+        captured_ns: When the frame was captured.
+        arrived_ns: When it arrived at the decoder.
+        decoded_ns: When it was decoded.
+        ready_ns: When it was resized to the input of the model.
+        pts_s: Time in the stream in seconds.
+        bad_packets: Damaged packets of the stream so far.
+        skipped: Frames dropped since the previous one.
+        view: Whole frame, uint8 RGB row by row, of the size that `view_size` returns; None unless requested.
+        decoder: Description of the decoder.
     """
 
     pixels: memoryview
@@ -53,29 +66,34 @@ class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="frame"):
     decoder: Annotated[str, Meta(max_length=100)] | None = None
 
     def image(self, framing: Framing) -> Pixels:
-        """uint8 [H,W,3]."""
+        """Return the input of the model, uint8 RGB [H,W,3]."""
         return np.frombuffer(self.pixels, np.uint8).reshape(*height_width(framing.size), 3)
 
     def whole(self) -> Pixels | None:
-        """The whole frame, uint8 [H,W,3], where that is wanted."""
+        """Return the whole frame, uint8 RGB [H,W,3], or None if it was not requested."""
         width, height = view_size(self.width, self.height)
         return None if self.view is None else np.frombuffer(self.view, np.uint8).reshape(height, width, 3)
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """What a decoder makes of a frame: the model's input, and where it is to be shown the whole."""
+    """Requested form of each frame.
+
+    Attributes:
+        framing: How a frame becomes the input of the model.
+        view: Whether the whole frame is requested too, for an overlay.
+    """
 
     framing: Framing
     view: bool = False
 
     @property
     def centre_alone(self) -> bool:
-        """That nothing else of a frame is wanted."""
+        """True if only the centre of a frame is requested."""
         return self.framing.is_centre and not self.view
 
 
 def view_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height of a whole frame as it is shown: at most `VIEW_SIDE` a side."""
+    """Return width and height of a whole frame in an overlay: at most `VIEW_SIDE` a side."""
     most = max(width, height, VIEW_SIDE)
     return max(1, width * VIEW_SIDE // most), max(1, height * VIEW_SIDE // most)
 
@@ -83,14 +101,27 @@ def view_size(width: int, height: int) -> tuple[int, int]:
 def frame_of(
     image: Any, wanted: Wanted, times_ns: tuple[int, int, int], pts_s: float | None = None, bad_packets: int = 0
 ) -> Frame:
-    """Of a whole frame as a Pillow image, and the times until it was decoded."""
+    """Return the message for a whole frame.
+
+    Args:
+        image: The frame as a Pillow image.
+        wanted: Requested form.
+        times_ns: When the frame was captured, arrived and was decoded.
+        pts_s: Time in the stream in seconds.
+        bad_packets: Damaged packets of the stream so far.
+    """
     pixels = np.asarray(fit_image(image, wanted.framing)).data
     view = np.asarray(image.resize(view_size(*image.size))).data if wanted.view else None
     return Frame(pixels, image.width, image.height, *times_ns, time.monotonic_ns(), pts_s, bad_packets, view=view)
 
 
 class End(msgspec.Struct, frozen=True, tag_field="kind", tag="end"):
-    """The source ended, by itself or for a reason; `unfit`: its frames do not have the region."""
+    """End of the source.
+
+    Attributes:
+        reason: Why the source ended; None if it ended normally.
+        unfit: True if its frames do not contain the region.
+    """
 
     reason: Annotated[str, Meta(max_length=MAX_REASON)] | None = None
     unfit: bool = False
@@ -100,20 +131,25 @@ _MESSAGES = msgspec.msgpack.Decoder(Frame | End)
 
 
 class ProtocolError(Exception):
-    """The other side sent what is no message, or crashed before it was whole."""
+    """The decoding process sent an invalid message, or crashed before a message was complete."""
 
 
 def send(handle: int, message: Frame | End) -> None:
-    """Write one message; waits while the reader is busy."""
+    """Write one message. Blocks while the reader is busy."""
     write_message(handle, msgspec.msgpack.encode(message))
 
 
 def receive(handle: int, wanted: Wanted, seconds: float) -> Frame | End:
-    """Read one message, with what is wanted if it is a frame.
+    """Read one message, and check that a frame has the requested form.
+
+    Args:
+        handle: File descriptor to read from.
+        wanted: Requested form of frames.
+        seconds: Time limit.
 
     Raises:
-        StalledError: it did not come whole within `seconds`.
-        ProtocolError: it is no message, or the other side has gone.
+        StalledError: The message was not complete in time.
+        ProtocolError: The message is invalid, or the other side is gone.
     """
     height, width = height_width(wanted.framing.size)
     most = height * width * 3 + VIEW_SIDE**2 * 3 * wanted.view + _MOST_BESIDE
@@ -121,14 +157,14 @@ def receive(handle: int, wanted: Wanted, seconds: float) -> Frame | End:
         content = read_message(handle, time.monotonic() + seconds, most)
         message = None if content is None else _MESSAGES.decode(content)
         if isinstance(message, Frame):
-            wanted.framing.of(message.width, message.height)  # That it has the region.
+            wanted.framing.of(message.width, message.height)  # Raises if the frame does not contain the region.
     except (ValueError, RecursionError, ConfigError) as error:
-        raise ProtocolError(f"the decoder sent what is no message: {printable(error, 100)}") from error
+        raise ProtocolError(f"the decoder sent an invalid message: {printable(error, 100)}") from error
     if message is None:
         raise ProtocolError("the decoder crashed")
     if isinstance(message, Frame):
         view = view_size(message.width, message.height) if wanted.view else (0, 0)
         sizes = len(message.pixels), 0 if message.view is None else len(message.view)
         if sizes != (height * width * 3, view[0] * view[1] * 3):
-            raise ProtocolError("the decoder sent what is no message: an image of another size")
+            raise ProtocolError("the decoder sent an invalid message: an image of the wrong size")
     return message

@@ -1,4 +1,4 @@
-"""How a stream does on a video: frames held against the dense model, beside what else would take as long."""
+"""Evaluation of streaming inference on a video: error against the dense model, next to that of simple baselines."""
 
 from __future__ import annotations
 
@@ -24,18 +24,24 @@ from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.config import require
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.images import list_images, load_image
-from sparsifiner_edge.judge import Prediction, alike, map_scores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.outcomes import STREAM, StreamMethod, StreamResult
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.stream import AT_LEAST, Stream
+from sparsifiner_edge.scoring import Prediction, alike, map_scores
 
 HELD = (2, 4, 8, 16)
-"""The dense model's answer to every k-th frame stands for the others: what a stream is compared with."""
+"""Baselines of a stream: the dense model answers every k-th frame, and its answer is held for the frames between."""
 MODEL = "every frame by the model"
-_PICTURE, _QUALITY = 320, 80
+"""Name of the baseline in which the bundle's own model answers every frame."""
+_PICTURE = 320
+"""Width of the pictures in pixels."""
+_QUALITY = 80
+"""JPEG quality of the pictures: their size in a report matters more than fine detail."""
 _LEAST_FRAMES = 3
+"""Fewest compared frames for a result."""
 Samples = dict[str, list[float]]
+"""One value per compared frame, by score."""
 
 
 def evaluate_video(
@@ -46,21 +52,23 @@ def evaluate_video(
     every: int = 1,
     progress: Progress | None = None,
 ) -> StreamResult:
-    """Let a stream follow a video, and compare its frames with the dense model's of the same frames.
+    """Run streaming inference on a video, and compare its outputs with those of the dense model on the same frames.
 
     Args:
-        bundle: exported with --stream. video: a video, or a folder of a camera's images in the order of their names.
-        options: of these execution, fit, region, at_least, share, and frames, after which the video ends.
-        every: the stream follows all frames, and of so many one is compared; of more than 1, none is held beside it.
-        progress: see `Progress`.
+        bundle: Bundle exported with --stream.
+        video: Video, or a folder of a camera's images in the order of their names.
+        options: Used fields: execution, fit, region, at_least, share, and frames (stop after this many).
+        every: Compare one of this many frames; the stream still processes all of them. Values above 1 leave out the
+            baselines that hold an answer.
+        progress: See `Progress`.
 
     Returns:
         A result of kind "stream".
 
     Raises:
-        BackendError: the bundle was exported without --stream, or the backend runs none.
-        ImageError: the video cannot be read, or has too few frames.
-        SparsifinerError: the bundle or an option is unusable.
+        BackendError: The bundle was exported without --stream, or the backend does not support streaming inference.
+        ImageError: The video cannot be read, or has too few frames.
+        SparsifinerError: The bundle or an option is unusable.
 
     Example:
         >>> result = evaluate_video("streaming", "images")
@@ -75,18 +83,19 @@ def evaluate_video(
     with open_model(Path(bundle), options) as model:
         model.follow(floor, share)
         assert model.stream is not None
-        judged = _Judged(model, model.stream, every)
+        evaluation = _VideoEvaluation(model, model.stream, every)
         for number, image in enumerate(images_of(model, str(video), frames)):
-            judged.take(image)
+            evaluation.take(image)
             if progress:
                 progress("frames", number + 1, frames or 0)
-        if judged.compared < _LEAST_FRAMES:
+        if evaluation.compared < _LEAST_FRAMES:
             raise ImageError(
-                f"{video} has {judged.compared} frames to compare.", "Give a longer one, or a lower every."
+                f"{video} has {evaluation.compared} frames to compare; at least {_LEAST_FRAMES} are needed.",
+                "Give a longer video, or a smaller `every`.",
             )
         method = StreamMethod(
             video=Path(video).name,
-            frames=judged.frames,
+            frames=evaluation.frames,
             every=every,
             share=share,
             at_least=floor,
@@ -94,15 +103,25 @@ def evaluate_video(
             runtime=model.runtime,
         )
     subject = open_bundle(Path(bundle)).subject("subject")
-    statistics = {way: _figures(samples, floor) for way, samples in judged.samples.items()}
-    return StreamResult("stream", [subject], method, judged.samples, statistics, pictures=judged.pictures())
+    statistics = {way: _figures(samples, floor) for way, samples in evaluation.samples.items()}
+    return StreamResult("stream", [subject], method, evaluation.samples, statistics, pictures=evaluation.pictures())
 
 
 def images_of(model: Model, video: str, most: int | None) -> Iterator[Array]:
-    """Of a video's frames, or of a folder's images, what the model takes: uint8 [H,W,3]."""
+    """Yield inputs of the model, uint8 [H,W,3], from the frames of a video or from the images of a folder.
+
+    Args:
+        model: Model whose framing is used.
+        video: Source; must not be live.
+        most: Stop after this many frames; None for all.
+
+    Raises:
+        ConfigError: The source is live.
+        ImageError: The video cannot be read.
+    """
     source = parse_source(video)
     if source.live:
-        raise ConfigError(f"{source.shown} is no video that ends.", "Record one, and give its file.")
+        raise ConfigError(f"{source.shown} is a live source.", "Record a video, and give its file.")
     if source.kind == "images":
         for path in list_images(Path(source.location))[:most]:
             yield load_image(path, model.framing)
@@ -119,8 +138,14 @@ def images_of(model: Model, video: str, most: int | None) -> Iterator[Array]:
         raise ImageError(f"{source.shown} cannot be read as a video: {capture.failure}", "Replace or repair it.")
 
 
-class _Judged:
-    """Frames so far. Attributes: samples: by way and score. frames, compared: how many."""
+class _VideoEvaluation:
+    """Comparison of a stream with the dense model and with the baselines, frame by frame.
+
+    Attributes:
+        samples: One value per compared frame, by method and score.
+        frames: Number of frames so far.
+        compared: Number of compared frames so far.
+    """
 
     def __init__(self, model: Model, stream: Stream, every: int) -> None:
         self._model, self._stream, self._every = model, stream, every
@@ -131,7 +156,7 @@ class _Judged:
         self.frames = self.compared = 0
 
     def take(self, image: Array) -> None:
-        """The next frame."""
+        """Process the next frame."""
         began = time.monotonic()
         outputs, computed = self._model.infer_frame(image)
         ms, number = (time.monotonic() - began) * 1e3, self.frames
@@ -146,25 +171,26 @@ class _Judged:
             self._held[held] = self._held[held] if number % held else wanted
         before, self._before = self._before, wanted
         if not before:
-            return  # Where all is computed nothing is to be told.
+            return  # The first frame is computed in full and shows nothing.
         self.compared += 1
-        moving = np.argsort(-self._apart(before, wanted), kind="stable")[: max(1, self._stream.fresh.size // 10)]
-        known = {"tokens": self._stream.final} if computed.by != "model" else {}
-        if "tokens" not in outputs | known:  # Of no way then: all are judged by the same frames.
+        moving = np.argsort(-self._errors(before, wanted), kind="stable")[: max(1, self._stream.fresh.size // 10)]
+        known = {"tokens": self._stream.final} if computed.by != "fallback" else {}
+        if "tokens" not in outputs | known:  # Then no method is scored on tokens, so that all use the same frames.
             wanted = {name: value for name, value in wanted.items() if name != "tokens"}
         extra = {"share": computed.share, "oldest": float(computed.oldest)}
         extra |= {} if computed.error is None else {"estimated": computed.error}
-        lost = self._add(STREAM, outputs | known, wanted, moving, ms, extra)
+        error = self._add(STREAM, outputs | known, wanted, moving, ms, extra)
         began = time.monotonic()
-        alone = self._model.infer(image)
-        self._add(MODEL, alone, wanted, moving, (time.monotonic() - began) * 1e3)
+        own = self._model.infer(image)
+        self._add(MODEL, own, wanted, moving, (time.monotonic() - began) * 1e3)
         for held, answer in self._held.items():
             way = f"hold every {held}{'nd' if held == 2 else 'th'}"
             self._add(way, answer, wanted, moving, 0.0 if number % held else dense_ms)
-        self._show(image, number, lost, computed.share)
+        self._show(image, number, error, computed.share)
 
-    def _apart(self, one: dict[str, Array], other: dict[str, Array]) -> Array:
-        return 1 - cosine(one["tokens"], other["tokens"])[0, -self._stream.fresh.size :]
+    def _errors(self, a: dict[str, Array], b: dict[str, Array]) -> Array:
+        """Return 1 - cosine for each patch of two outputs."""
+        return 1 - cosine(a["tokens"], b["tokens"])[0, -self._stream.fresh.size :]
 
     def _add(
         self,
@@ -175,15 +201,27 @@ class _Judged:
         ms: float,
         extra: dict[str, float] | None = None,
     ) -> float | None:
-        """Scores of an answer; 1 - the mean cosine of its patches, where it has any."""
-        scores, lost = {"ms": ms} | (extra or {}), None
+        """Add the scores of a method for one frame.
+
+        Args:
+            way: Name of the method.
+            got: Outputs of the method.
+            wanted: Outputs of the dense model.
+            moving: Indices of the tenth of the patches that changed most since the previous compared frame.
+            ms: Time of the method in milliseconds.
+            extra: Further scores.
+
+        Returns:
+            Mean error (1 - cosine) of the patches, or None without tokens.
+        """
+        scores, error = {"ms": ms} | (extra or {}), None
         for name, expected in wanted.items():
             if name not in got or got[name].shape != expected.shape:
                 continue
             if name == "tokens":
-                each = self._apart(got, wanted)
-                lost = float(each.mean())
-                scores |= {"patches": 1 - lost, "moving": 1 - float(each[moving].mean())}
+                errors = self._errors(got, wanted)
+                error = float(errors.mean())
+                scores |= {"patches": 1 - error, "moving": 1 - float(errors[moving].mean())}
             elif name == "features":
                 scores["features"] = alike(name, Prediction(got), Prediction(wanted))
             elif expected.squeeze().ndim == 2:
@@ -191,33 +229,33 @@ class _Judged:
                 scores |= {f"{name}_{kind}": value for kind, value in measures.items() if value is not None}
         for name, value in scores.items():
             self.samples.setdefault(way, {}).setdefault(name, []).append(float(value))
-        return lost
+        return error
 
-    def _show(self, image: Array, number: int, lost: float | None, share: float) -> None:
-        """Remember the frames to look at."""
-        for title, value in (("farthest from the dense model", lost), ("most of it computed", share % 1)):
+    def _show(self, image: Array, number: int, error: float | None, share: float) -> None:
+        """Keep a picture of the frame if it has the largest error, or the largest share computed, so far."""
+        for title, value in (("largest error", error), ("largest share computed", share % 1)):
             if value is not None and value > self._shown.get(title, (-math.inf, ""))[0]:
                 self._shown[title] = value, _draw(image, self._stream, f"Frame {number}, {title}: {value:.3f}")
 
     def pictures(self) -> dict[str, str]:
-        """Title to a JPEG in base64: what was computed is bright."""
+        """Return JPEG pictures in base64 by title. Computed patches are bright."""
         return dict(shown.split("\n", 1) for _, shown in self._shown.values())
 
 
 def _draw(image: Array, stream: Stream, title: str) -> str:
-    """A title, a line break, and the picture."""
+    """Return a title, a line break, and the picture as JPEG in base64."""
     height, width = image.shape[:2]
     size = (_PICTURE, max(1, round(_PICTURE * height / width)))
     bright = Image.fromarray(np.where(stream.fresh, 255, 110).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     picture = Image.fromarray(image).resize(size)
     picture.paste((0, 0, 0), mask=bright.point(lambda value: 255 - value))
-    held = io.BytesIO()
-    picture.save(held, "JPEG", quality=_QUALITY)
-    return f"{title}\n{base64.b64encode(held.getvalue()).decode()}"
+    jpeg = io.BytesIO()
+    picture.save(jpeg, "JPEG", quality=_QUALITY)
+    return f"{title}\n{base64.b64encode(jpeg.getvalue()).decode()}"
 
 
 def _figures(samples: Samples, floor: float | None) -> dict[str, float]:
-    """Of a way, see `StreamResult`."""
+    """Return the statistics of one method; see `StreamResult`."""
     figures: dict[str, float] = {}
     for name, values in samples.items():
         x = np.array(values)

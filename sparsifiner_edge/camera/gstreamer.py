@@ -1,8 +1,9 @@
-"""Any GStreamer pipeline, run by `gst-launch-1.0`: no binding to Python is needed, and a crash of it is not ours.
+"""Sources from any GStreamer pipeline, run by `gst-launch-1.0`.
 
-The pipeline's last element gives video. What makes the centre of its frames the model's input is appended; where
-another part is read, or frames are shown, they come whole. A queue of one frame that drops older ones stands between.
-GStreamer's own delay before that queue is not seen: a frame's age counts from there.
+No Python binding is needed, and a crash of GStreamer affects only its own process. The last element of the pipeline
+outputs video. Elements are appended that turn the centre of its frames into the input of the model; if another part is
+read, or frames are drawn, whole frames are output. A queue of one frame that drops older ones stands between. Latency
+of GStreamer before that queue is invisible: the age of a frame counts from the queue.
 """
 
 from __future__ import annotations
@@ -36,27 +37,42 @@ HARDWARE = (
     *("nvh264dec", "nvh265dec", "nvav1dec"),
     *("qsvh264dec", "qsvh265dec", "qsvav1dec"),
 )
-"""Decoders of Jetsons, VA-API, V4L2, NVIDIA's and Intel's desktop GPUs, preferred where an address alone was given."""
+"""Hardware decoders of Jetsons, VA-API, V4L2, and NVIDIA's and Intel's GPUs.
+
+They are preferred if the source is an address rather than a pipeline.
+"""
 _TO_MEMORY = "nvvidconv"
-"""Of Jetsons: what a hardware decoder gives is in memory that others cannot read."""
+"""Jetson element that copies decoded frames to system memory; other elements cannot read the decoder's memory."""
 _DECODER = re.compile(rb"[/:](\w[\w-]*dec[\w-]*?)-?\d+\.GstPad:src: caps = video/x-raw")
-_ERRORS, _LONGEST = 20, 10_000
-"""Errors that are quoted, the last ones; and characters read of a line without end."""
+"""Name of the element that outputs decoded video, in the output of `gst-launch-1.0 -v`."""
+_ERRORS = 20
+"""Error lines that are kept: the most recent ones."""
+_LONGEST = 10_000
+"""Bytes after which an endless line is cut."""
 _CAPS = re.compile(
     rb"sparsifiner-frames\.GstPad:(?:src|sink): caps = video/x-raw.* width=\(int\)(\d+), height=\(int\)(\d+)"
     rb"(?:.* pixel-aspect-ratio=\(fraction\)([1-9]\d*)/([1-9]\d*))?"
 )
-"""What `gst-launch-1.0 -v` says of the frames that pass; now and then of one pad twice, and not of the other."""
+"""Size of the frames in the output of `gst-launch-1.0 -v`.
+
+Both pads of the element match, because sometimes one pad is reported twice and the other not at all.
+"""
 
 
 def launch_line(pipeline: str, wanted: Wanted, handle: int) -> list[str]:
-    """The command that writes RGB images to the file descriptor `handle`: of the model's size, or whole."""
+    """Return the command that writes RGB images to a file descriptor, either of the model's input size or whole frames.
+
+    Args:
+        pipeline: Pipeline whose last element outputs video.
+        wanted: Requested form of each frame.
+        handle: File descriptor to write to.
+    """
     height, width = height_width(wanted.framing.size)
-    both = math.gcd(height, width)
+    divisor = math.gcd(height, width)
     caps = "video/x-raw,format=RGB,pixel-aspect-ratio=1/1"
     frames = "name=sparsifiner-frames"
     line = "! queue {} leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! {}"
-    centre = f"aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false"
+    centre = f"aspectratiocrop aspect-ratio={width // divisor}/{height // divisor} ! videoscale add-borders=false"
     scaled = f"{centre} ! {caps},width={width},height={height}"
     whole = f"videoscale ! capsfilter {frames} caps={caps}"
     if pipeline.endswith(OF_ADDRESS) and _inspect("--exists", _TO_MEMORY) is not None:
@@ -66,14 +82,15 @@ def launch_line(pipeline: str, wanted: Wanted, handle: int) -> list[str]:
 
 
 def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
-    """Frames of a pipeline until it ends.
+    """Yield frames of a pipeline until it ends.
 
     Raises:
-        ValueError: GStreamer's own message, which may hold secrets of the pipeline; or whole frames change their size.
-        ConfigError: the region is not within its frames.
+        ValueError: The pipeline failed (the message is GStreamer's and may contain secrets of the pipeline), or the
+            size of whole frames changed.
+        ConfigError: The frames do not contain the region.
     """
     ours, theirs = os.pipe()
-    if pipeline.endswith(OF_ADDRESS):  # What someone wrote chooses by itself, as it did.
+    if pipeline.endswith(OF_ADDRESS):  # A pipeline that the user wrote keeps its own choice of decoder.
         os.environ.setdefault("GST_PLUGIN_FEATURE_RANK", ",".join(f"{name}:MAX" for name in HARDWARE))
     launched = start_program(
         launch_line(pipeline, wanted, theirs),
@@ -86,9 +103,9 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
     errors: deque[bytes] = deque(maxlen=_ERRORS)
     decoders: deque[str] = deque(maxlen=1)
     sizes = _sizes(_lines(launched.stdout), decoders)
-    said = (line for line in _lines(launched.stderr) if b"ERROR" in line or b"erroneous" in line)
-    # Read all the time: GStreamer would wait for ever for room in a full pipe.
-    listeners = [_listen(errors, said)]
+    reported = (line for line in _lines(launched.stderr) if b"ERROR" in line or b"erroneous" in line)
+    # Threads keep reading both pipes, because GStreamer blocks when one is full.
+    listeners = [_listen(errors, reported)]
     with launched, os.fdopen(ours, "rb", buffering=1 << 20) as pixels:
         try:
             if (first := next(sizes, None)) is not None:
@@ -106,17 +123,17 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
 
 
 def _sizes(lines: Iterator[bytes], decoders: deque[str]) -> Iterator[tuple[int, int]]:
-    """Width and height of frames, each time that they change; into `decoders` the element that decodes them."""
+    """Yield width and height of frames whenever they change; append the name of the decoding element to `decoders`."""
     for line in lines:
         if match := _DECODER.search(line):
             decoders.append(match[1].decode())
         if match := _CAPS.search(line):
             width, height, across, down = (int(part or 1) for part in match.groups())
-            yield max(1, round(width * across / down)), height  # In square pixels: GStreamer crops what is shown.
+            yield max(1, round(width * across / down)), height  # In square pixels, as GStreamer crops.
 
 
 def _inspect(*words: str) -> str | None:
-    """What GStreamer says of an element; None if it knows none."""
+    """Return the output of `gst-inspect-1.0`, or None if it is missing or does not know the element."""
     if (program := shutil.which("gst-inspect-1.0")) is None:
         return None
     done = subprocess.run([program, *words], capture_output=True, text=True, errors="replace", check=False)
@@ -124,24 +141,32 @@ def _inspect(*words: str) -> str | None:
 
 
 def describe_decoder(decoder: str) -> str:
-    """An element that decodes, in words."""
+    """Describe a decoding element: its name, and whether it is hardware or software."""
     hardware = decoder in HARDWARE or "/Hardware" in (_inspect(decoder) or "")
     return f"{decoder} of GStreamer, {'hardware' if hardware else 'software'}"[:100]
 
 
 def _listen(into: deque[Any], lines: Iterator[Any]) -> threading.Thread:
+    """Collect lines in a background thread."""
     listener = threading.Thread(target=into.extend, args=(lines,), name="listener", daemon=True)
     listener.start()
     return listener
 
 
 def _lines(stream: IO[bytes] | None) -> Iterator[bytes]:
+    """Yield the lines of a stream."""
     assert stream is not None
     return iter(functools.partial(stream.readline, _LONGEST), b"")
 
 
 def _frames(stream: BinaryIO, wanted: Wanted, latest: deque[tuple[int, int]]) -> Iterator[Frame]:
-    """Of RGB images in a stream; latest: width and height of the pipeline's own frames, as they are now."""
+    """Yield frames from raw RGB images in a stream.
+
+    Args:
+        stream: Raw images, of the model's input size or whole.
+        wanted: Requested form of each frame.
+        latest: Current width and height of the pipeline's own frames, updated in the background.
+    """
     first = latest[-1]
     height, width = height_width(wanted.framing.size) if wanted.centre_alone else first[::-1]
     row = -(-width * 3 // 4) * 4  # GStreamer pads rows to four bytes.
@@ -151,6 +176,6 @@ def _frames(stream: BinaryIO, wanted: Wanted, latest: deque[tuple[int, int]]) ->
         if wanted.centre_alone:
             yield Frame(pixels.data, *latest[-1], at, at, at, time.monotonic_ns())
         elif latest[-1] != first:
-            raise ValueError("its frames have another size now")
+            raise ValueError("the size of the frames changed")
         else:
             yield frame_of(Image.fromarray(pixels.reshape(height, width, 3)), wanted, (at, at, at))

@@ -1,4 +1,4 @@
-"""Prometheus metrics and a health check over HTTP, for this machine alone unless told otherwise."""
+"""Prometheus metrics and a health check over HTTP, served to this machine only by default."""
 
 from __future__ import annotations
 
@@ -18,34 +18,41 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.text import dump_json
 
 LOOPBACK = "127.0.0.1"
+"""Default host: metrics are served to this machine only."""
 MOST_CONNECTIONS = 32
-"""Open at a time, threads of the service itself included; one more is closed at once."""
-DEADLINE_S, _MOST_REQUEST = 5.0, 8192
-"""For a request to be whole, and bytes of it; else it is closed unanswered, however busy its client is."""
+"""Connections open at a time, one thread each. Further ones are closed at once."""
+DEADLINE_S = 5.0
+"""Seconds for a complete request to arrive. After that the connection is closed, even if data still comes in."""
+_MOST_REQUEST = 8192
+"""Longest request in bytes."""
 
 
 def parse_host_port(text: str) -> tuple[str, int]:
-    """Read [HOST:]PORT; without a host it is this machine's loopback. An IPv6 address stands in brackets.
+    """Parse [HOST:]PORT. Without a host it is this machine's loopback address; an IPv6 address stands in brackets.
 
     Raises:
-        ConfigError: no port.
+        ConfigError: There is no port, or it is out of range.
     """
     host, _, port = text.rpartition(":")
     if not port:
-        raise ConfigError(f"{text:.100} is no [HOST:]PORT.", f"Such as 9090, for {LOOPBACK}, or 0.0.0.0:9090 for all.")
+        what = f"{text:.100} is not a [HOST:]PORT."
+        raise ConfigError(what, f"Give 9090 to serve on {LOOPBACK}, or 0.0.0.0:9090 to serve on all addresses.")
     return host.strip("[]") or LOOPBACK, whole_number(port, f"The port of {text:.100}", 0, 65535)
 
 
 class HealthServer(socketserver.ThreadingTCPServer):
-    """Serves /metrics and /healthz from threads of its own. A context manager.
+    """Context manager that serves /metrics and /healthz from background threads.
 
     Args:
-        address: host and port; port 0 takes a free one.
-        status: what is shown.
-        stale_s: the health check fails when the last answer is older.
+        address: Host and port; port 0 takes a free one.
+        status: Status to show.
+        stale_s: The health check fails when the last answer is older than this, in seconds.
+
+    Attributes:
+        url: Address of the metrics.
 
     Raises:
-        ConfigError: the address cannot be used.
+        ConfigError: The address cannot be used.
     """
 
     daemon_threads = allow_reuse_address = True
@@ -60,8 +67,8 @@ class HealthServer(socketserver.ThreadingTCPServer):
             super().__init__(address, _Handler)
         except (OSError, TypeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            said = f"Metrics cannot be served on {host:.100}:{port}: {reason}."
-            raise ConfigError(said, "Choose another port or host.") from error
+            what = f"Metrics cannot be served on {host:.100}:{port}: {reason}."
+            raise ConfigError(what, "Choose another port or host.") from error
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/metrics"
 
     def __enter__(self) -> HealthServer:
@@ -73,11 +80,11 @@ class HealthServer(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
-        """Whether a connection is taken on: not where too many are open."""
+        """Return True if a connection is accepted: fewer than `MOST_CONNECTIONS` are open."""
         return self._free.acquire(blocking=False)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own, whose place is free again where it cannot be started."""
+        """Handle a connection in its own thread, and free its slot if the thread cannot be started."""
         try:
             super().process_request(request, client_address)
         except Exception:
@@ -85,17 +92,17 @@ class HealthServer(socketserver.ThreadingTCPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer; then the place is free again."""
+        """Answer the request, then free its slot."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._free.release()
 
     def handle_error(self, *_: Any) -> None:
-        """Ignore clients that leave in the middle, and threads that cannot be started."""
+        """Ignore clients that disconnect early, and threads that cannot be started."""
 
     def page(self, path: str) -> tuple[int, str, str]:
-        """Status, media type and content of a path."""
+        """Return status code, media type and content for a path."""
         if path == "/metrics":
             return 200, "text/plain; version=0.0.4; charset=utf-8", "\n".join([*_metrics(self._status), ""])
         if path != "/healthz":
@@ -108,11 +115,16 @@ class HealthServer(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Handler of one connection."""
+
     server: HealthServer
     server_version, sys_version = "sparsifiner-edge", ""
 
     def handle(self) -> None:
-        """The standard library would take megabytes, for as long as a byte comes now and then."""
+        """Read one request within fixed limits of size and time, and answer it.
+
+        The standard library would accept megabytes, and would wait as long as a byte arrives now and then.
+        """
         head, ends = b"", time.monotonic() + DEADLINE_S
         while b"\r\n\r\n" not in head and b"\n\n" not in head:
             if (seconds := ends - time.monotonic()) <= 0:
@@ -125,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.handle_one_request()
 
     def do_GET(self) -> None:
-        """Answer, and close."""
+        """Answer the request and close the connection."""
         code, kind, text = self.server.page(self.path.partition("?")[0])
         self.send_response(code)
         self.send_header("Content-Type", kind)
@@ -134,26 +146,27 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def log_message(self, *_: object) -> None:
-        """Requests are no events."""
+        """Do not log requests."""
 
 
 def _metrics(status: Status) -> Iterator[str]:
-    """Lines of Prometheus's text format: counters, states, gauges, and a histogram of each time of the records."""
-    for name, what in COUNTERS.items():
-        yield from _metric(f"{name}_total", "counter", what, {"": status.counts[name]})
+    """Yield lines of Prometheus's text format: counters, states, gauges, and a histogram of each time."""
+    for name, meaning in COUNTERS.items():
+        yield from _metric(f"{name}_total", "counter", meaning, {"": status.counts[name]})
     states = {f'{{state="{name}"}}': name == status.state for name in STATES}
-    yield from _metric("state", "gauge", "1 for the state that the source is in.", states)
+    yield from _metric("state", "gauge", "1 for the current state of the source, 0 for the others.", states)
     gauges = {"silent": status.silent_s(), "last_outage": status.recovered_s}
-    for name, what in (("silent", "Since the last answer."), ("last_outage", "How long the source was lost at last.")):
+    for name, meaning in (("silent", "Time since the last answer."), ("last_outage", "Duration of the last outage.")):
         if (value := gauges[name]) is not None:
-            yield from _metric(f"{name}_seconds", "gauge", what, {"": value})
+            yield from _metric(f"{name}_seconds", "gauge", meaning, {"": value})
     for name, counts in status.times.items():
         limits = [f'_bucket{{le="{limit}"}}' for limit in (*UP_TO_S, "+Inf")]
         below = list(accumulate(counts))
         parts = dict(zip(limits, below, strict=True)) | {"_sum": status.sums_s[name], "_count": below[-1]}
-        yield from _metric(f"{name}_seconds", "histogram", f"{name}_ms of the records.", parts)
+        yield from _metric(f"{name}_seconds", "histogram", f"Field {name}_ms of the records, in seconds.", parts)
 
 
-def _metric(name: str, kind: str, what: str, values: Mapping[str, float]) -> list[str]:
-    head = [f"# HELP sparsifiner_{name} {what}", f"# TYPE sparsifiner_{name} {kind}"]
+def _metric(name: str, kind: str, meaning: str, values: Mapping[str, float]) -> list[str]:
+    """Return the lines of one metric."""
+    head = [f"# HELP sparsifiner_{name} {meaning}", f"# TYPE sparsifiner_{name} {kind}"]
     return head + [f"sparsifiner_{name}{part} {float(value)}" for part, value in values.items()]

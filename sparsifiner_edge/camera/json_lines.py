@@ -1,4 +1,4 @@
-"""JSON lines to where a reader may be slow, a disk full, or a pipe closed."""
+"""JSON lines for outputs whose reader may be slow, whose disk may be full, or whose pipe may be closed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json, finite
 
 _DRAIN_S = 2.0
+"""Longest time in seconds that `LineWriter.close` waits for a reader."""
 _TURN_MS = 100
+"""Milliseconds of one wait for the reader, after which `stop` is checked again."""
 
 
 def line_of(content: object) -> bytes:
-    """A record, or what is ready for JSON, as a JSON line with its line break.
+    """Return content as a JSON line with its line break.
 
-    Numbers that are not finite are null, and counted in the line as `not_finite`, which a record may have done itself.
-    Hidden characters are escaped.
+    Hidden characters are escaped. Values that are NaN or infinite become null; their number is added as `not_finite`,
+    unless a record has counted them itself.
+
+    Args:
+        content: A record, or content that is ready for JSON.
     """
     known, count = finite(write_record(content))
     if count:
@@ -35,21 +40,21 @@ def line_of(content: object) -> bytes:
 
 
 class LineWriter:
-    """Writes whole lines, from any thread. A context manager, which closes it.
+    """Context manager that writes whole lines from any thread.
 
-    A pipe, socket or terminal gets no more at a time than it has room for, so that a reader who does not read holds
-    nothing up; whether the descriptor blocks, which all its holders have in common, makes no difference.
+    It never writes more to a pipe, socket or terminal than fits, so that a reader that does not read blocks nothing.
+    This does not depend on whether the descriptor is non-blocking, a setting that all its holders share.
 
     Args:
-        output: a file, folders above it are made; or a standard stream, None where it was closed from the start.
-        live: drop and count lines that find no room, or that the disk refuses, and keep trying: a service goes on, and
-            one that is started again goes on in its file. Else wait for the reader, and raise what the disk says.
-        stop: once set, writes no longer wait: undelivered lines are dropped and counted.
-        count: told "lines_dropped" of a line that was not written for want of room (of the last one a part may have
-            been), and "output_errors" of one that the disk refused.
+        output: A file, whose folders are created; or a standard stream, None if it was closed from the start.
+        live: For a service. True: drop and count lines that do not fit or that the disk refuses, keep trying, and
+            append to the lines of an earlier run. False: wait for the reader, and raise errors of the disk.
+        stop: Once this event is set, writes no longer wait: undelivered lines are dropped and counted.
+        count: Called with "lines_dropped" for a line that did not fit (part of the last one may have been written), and
+            with "output_errors" for a line that the disk refused.
 
     Raises:
-        ArtifactError: another run writes the file, it is a folder or a device, or the disk refuses.
+        ArtifactError: Another run writes the file, it is a folder or a device, or the disk refuses.
     """
 
     def __init__(
@@ -68,8 +73,7 @@ class LineWriter:
             output.flush()
             self._handle = os.dup(output.fileno())
         self._live, self._stop, self._count, self._lock = live, stop or threading.Event(), count, threading.Lock()
-        self._line, self._written = b"", 0
-        """The last one, and how much of it is written."""
+        self._line, self._written = b"", 0  # The latest line, and how many of its bytes are written.
         self._is_file = stat.S_ISREG(os.fstat(self._handle).st_mode)
         self._room = select.poll()
         self._room.register(self._handle, select.POLLOUT)
@@ -82,12 +86,14 @@ class LineWriter:
             self.close()
 
     def write(self, content: object) -> None:
-        """Write one line. Where there is no room that waits; a live source's stays pending, and later ones are dropped
-        meanwhile.
+        """Write one line.
+
+        If it does not fit, wait; for a live source, keep it pending instead and drop later lines meanwhile.
 
         Raises:
-            BrokenPipeError: the reader has gone.
-            ArtifactError, OSError: the disk refused, of a source that is not live.
+            BrokenPipeError: The reader is gone.
+            ArtifactError: The disk refused a line of a source that is not live.
+            OSError: Writing to a standard stream failed, for a source that is not live.
         """
         line = line_of(content)
         with self._lock, self._errors():
@@ -98,11 +104,14 @@ class LineWriter:
                 self._count("lines_dropped")
 
     def close(self) -> None:
-        """Write what waits, for at most 2 s where nothing is waited for, and close.
+        """Write the pending line, waiting at most 2 s for the reader, and close the output.
+
+        For a live source it is no error if the reader is gone.
 
         Raises:
-            ArtifactError, OSError: as of `write`, of a source that is not live: else that the reader has gone is no
-                failure of what is over.
+            BrokenPipeError: The reader is gone, for a source that is not live.
+            ArtifactError: The disk refused a line of a source that is not live.
+            OSError: Writing to a standard stream failed, for a source that is not live.
         """
         gone = contextlib.suppress(BrokenPipeError) if self._live else contextlib.nullcontext()
         with self._lock, self._errors(), gone:
@@ -116,14 +125,14 @@ class LineWriter:
                 os.close(self._handle)
 
     def _flush(self) -> bool:
-        """Write as much as there is room for; whether that was all."""
+        """Write as much as fits; return True if nothing is left."""
         most = len(self._line) if self._is_file else select.PIPE_BUF
         while self._written < len(self._line):
             waits = not (self._live or self._stop.is_set())
             if self._room.poll(_TURN_MS if waits else 0):
                 try:
                     self._written += os.write(self._handle, self._line[self._written : self._written + most])
-                except BlockingIOError:  # Another process was faster to take the room.
+                except BlockingIOError:  # Another process filled the pipe in the meantime.
                     continue
                 except OSError as error:
                     self._give_up(error)
@@ -132,11 +141,12 @@ class LineWriter:
         return True
 
     def _give_up(self, error: OSError) -> None:
-        """No half lines: the begun one is removed."""
+        """Drop the current line after an error, and remove the part of it that was written to a file."""
         if self._is_file and self._written:
             with contextlib.suppress(OSError):
                 end = os.lseek(self._handle, -self._written, os.SEEK_CUR)
-                os.ftruncate(self._handle, min(end, os.fstat(self._handle).st_size))  # It may have been emptied.
+                # The file may have been emptied in the meantime, and must not grow.
+                os.ftruncate(self._handle, min(end, os.fstat(self._handle).st_size))
         self._line, self._written = b"", 0
         self._count("output_errors")
         if not self._live or isinstance(error, BrokenPipeError):
@@ -144,21 +154,27 @@ class LineWriter:
 
 
 def _open(path: Path, append: bool) -> int:
-    """File descriptor of a file, which no other run can write to before it is closed; either its lines are kept, and a
-    new one is begun, or it is emptied.
+    """Return the descriptor of a file that is locked against other runs.
+
+    Args:
+        path: File to open.
+        append: Keep existing lines and begin a new one; otherwise empty the file.
+
+    Raises:
+        ArtifactError: Another run writes the file, or it cannot be opened.
     """
     require_file_path(path)
     with io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Always at the end, wherever that is after the file was emptied: logs are rotated so.
+        # O_APPEND writes at the end even after log rotation has emptied the file.
         handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_RDWR if append else os.O_WRONLY), 0o666)
         if not lock(handle):
             os.close(handle)
-            raise ArtifactError(f"{path} is written by another run.", "Give another file, or end that run.")
+            raise ArtifactError(f"{path} is being written by another run.", "Give another file, or end that run.")
         size = os.fstat(handle).st_size
         if not append:
             os.ftruncate(handle, 0)
-        elif size and os.pread(handle, 1, size - 1) != b"\n":  # The power was cut.
+        elif size and os.pread(handle, 1, size - 1) != b"\n":  # The last line is incomplete, as after a power cut.
             with contextlib.suppress(OSError):
                 os.write(handle, b"\n")
     return handle

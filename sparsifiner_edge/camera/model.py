@@ -1,4 +1,4 @@
-"""A bundle as the camera's commands use it: checked, opened, and its outputs as records."""
+"""A bundle as commands for images and video use it: checked, opened, and with its outputs as records."""
 
 from __future__ import annotations
 
@@ -14,35 +14,44 @@ from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.fitting import Box, Fit, Fitting, Framing
-from sparsifiner_edge.judge import THRESHOLD
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime import Execution, Session
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.runtime.stream import Computed, Stream
+from sparsifiner_edge.scoring import THRESHOLD
 from sparsifiner_edge.text import finite
 
 _MOST_CHANNELS = 32
-"""Of a map whose channels have no labels; more are features."""
+"""Most channels of a map without labels; outputs with more channels are features rather than maps."""
 _FOLLOW = 0.05
-"""How far the reference that a change is measured against moves with each frame: it forgets in some twenty."""
+"""Weight of a new frame in the running mean of the features: it forgets a frame in about twenty."""
 
 
 class Model:
-    """A bundle, open. A context manager.
+    """An open bundle. A context manager.
 
     Args:
-        folder: the bundle.
-        execution: how it is run.
-        top: most classes of a classifier's answer, and channels of an output that is told as maps.
-        threshold: classes less probable are left out; None: none are; and what is less of a map, None: one half.
-        public_key: file of the key that must have signed the bundle; None: no signature is required.
-        fit, region: how frames are brought to its size, see `Framing`; a fit of None: as the bundle says.
-        any_outputs: whether outputs that `answer` cannot say in a record make an empty one.
+        folder: Folder of the bundle.
+        execution: Backend and its settings.
+        top: Most classes of a classifier's answer, and most channels of an output that are summarised as maps.
+        threshold: Least probability of a class (default: none), and threshold of a map's area (default: one half).
+        public_key: File of the key that must have signed the bundle; None requires no signature.
+        fit: How frames are brought to the input size, see `Framing`; None uses the bundle's own setting.
+        region: Part of each frame that is read, see `Framing`; None for all of it.
+        any_outputs: Whether outputs that `answer` cannot summarise give an empty answer instead of an error.
+
+    Attributes:
+        framing: How frames become the input of the model.
+        labels: Labels of the classes; empty if the bundle has none.
+        map_threshold: Threshold of a map's area.
+        session: Session that runs the model.
+        stream: Streaming inference, once `follow` has started it.
+        whole: Why every frame is computed in full although the bundle supports streaming inference; otherwise None.
 
     Raises:
-        ConfigError: the bundle takes a fixed batch above 1.
-        SparsifinerError: the bundle or backend is unusable.
+        ConfigError: The bundle takes a fixed batch above 1.
+        SparsifinerError: The bundle or backend is unusable.
     """
 
     def __init__(
@@ -80,29 +89,45 @@ class Model:
         self.session.close()
 
     def infer(self, image: Array) -> dict[str, Array]:
-        """The model's own outputs for one image, uint8 [H,W,3]."""
+        """Return the outputs of the model for one image, uint8 RGB [H,W,3]."""
         return self.session.infer({"image": image[None]})
 
     def follow(self, at_least: float | None = None, share: float | None = None) -> None:
-        """From now on `infer_frame` is given frames of one stream, and computes of them what changed, where the bundle
-        has what that takes, or one of these is asked for: see `Session.stream`. Where a backend runs none, `whole` says
-        so.
+        """Start streaming inference: `infer_frame` then processes consecutive frames and recomputes only what changed.
+
+        Does nothing unless the bundle supports it, or one of the arguments requires it. If the backend does not support
+        it, sets `whole` to a message.
+
+        Args:
+            at_least: Target fidelity; see `Session.stream`.
+            share: Fixed share of the patches to recompute; see `Session.stream`.
+
+        Raises:
+            SparsifinerError: An argument is given, and the bundle or the backend does not support streaming inference.
         """
         opened, backend = self.session.opened_as, self.session.backend
         has = opened is not None and opened[0].manifest.stream is not None
         if at_least is not None or share is not None or (has and backend in ON_PROCESSOR):
             self.stream = self.session.stream(at_least, share)
         elif has:
-            self.whole = f"{backend} runs no stream: every frame is computed whole"
+            self.whole = f"{backend} does not support streaming inference: every frame is computed in full"
 
     @property
     def runtime(self) -> Runtime:
-        """What really runs frames, and why it was chosen."""
+        """Description of what runs the frames, and why it was chosen."""
         session = self.session.description
         return session if self.stream is None else replace(self.stream.description, chosen=session.chosen)
 
     def infer_frame(self, image: Array, follows: bool = True) -> tuple[dict[str, Array], Computed | None]:
-        """As `infer`, and what of the frame was computed; None: all of it. follows: the one before, as its next."""
+        """Return the outputs for one frame, and what was computed of it.
+
+        Args:
+            image: The frame, uint8 RGB [H,W,3].
+            follows: False if it does not follow the previous frame, which resets the stream.
+
+        Returns:
+            The outputs, and the kind and share of the update; None without streaming inference.
+        """
         if self.stream is None:
             return self.infer(image), None
         if not follows:
@@ -110,10 +135,14 @@ class Model:
         return self.stream.infer({"image": image[None]}), self.stream.computed
 
     def answer(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Answer:
-        """`top` of a classifier, else `features`, else `maps`, of an image that was fitted; None: without bars.
+        """Return the answer for one image: `top` of a classifier, otherwise `features`, otherwise `maps`.
+
+        Args:
+            outputs: Outputs of the model.
+            fitting: Geometry of the image, used to cut bars off maps; None if there are no bars.
 
         Raises:
-            ArtifactError: the bundle gives none of them.
+            ArtifactError: The bundle has none of these outputs, and `any_outputs` is False.
         """
         if "logits" in outputs:
             logits = outputs["logits"][0].astype(np.float64)
@@ -131,12 +160,14 @@ class Model:
                 ordered = entries if len(entries) <= self._top else sorted(entries, key=lambda x: -(x.area or 0))
                 summaries += ordered[: self._top]
             return Answer(maps=summaries if maps else None, not_finite=bad or None)
-        what = f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map."
+        what = f"The bundle outputs {', '.join(outputs)}; logits, features or a dense map are needed."
         raise ArtifactError(what, "Export it again.")
 
     def heats(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> list[Array]:
-        """What an overlay shows where in the box, [rows, columns] each: maps from 0 to 1, but of a background; where
-        there is none the first map, by its own range.
+        """Return the maps that an overlay draws into the box, [rows,columns] each.
+
+        These are the maps with values from 0 to 1, except those of a background. If there are none, it is the first
+        map, scaled to its own range.
         """
         answered, maps = self._answered
         maps = maps if answered is outputs else self._maps(outputs, fitting)
@@ -146,8 +177,10 @@ class Model:
         return shown or [(x - x.min()) / max(float(np.ptp(x)), 1e-12) for x in others]
 
     def frame_answer(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Answer:
-        """As `answer`, of a frame; of features also how far they are from the frames' before: 1 - cosine to a mean
-        that forgets, not where one is NaN or infinite, which the mean would never forget.
+        """Return the answer for a frame; unlike `answer`, with the change of its features.
+
+        The change is 1 - cosine between the features and their running mean over previous frames. It is None if a
+        feature is NaN or infinite; such features do not enter the mean, which would never recover.
         """
         answer = self.answer(outputs, fitting)
         if answer.features is None or answer.not_finite:
@@ -158,15 +191,18 @@ class Model:
         return replace(answer, change=round(max(0.0, float(1 - cosine(features, before))), 6))
 
     def _maps(self, outputs: dict[str, Array], fitting: Fitting | None) -> list[dict[str, Array]]:
-        """Of each output that is one, [B,h,w] or [B,C,h,w] in the input's shape: its maps, [rows, columns], without
-        bars. Of several channels each is one, with the label of its class where there is one for each; these become
-        probabilities if they are none.
+        """Return the maps of each output that has them, [rows,columns] without bars, by name.
+
+        An output [B,h,w] or [B,C,h,w] is a map if it has the aspect ratio of the input. Each of several channels is one
+        map, named after its class if there is a label for each channel. Labelled channels become probabilities by a
+        softmax, unless they are between 0 and 1 already.
         """
         maps, (down, across), labels = list[dict[str, Array]](), height_width(self.framing.size), self.labels
         for name, values in outputs.items():
             rows, columns = values.shape[-2:] if values.ndim in (3, 4) else (0, 0)
-            whole = rows and abs(rows * across - columns * down) <= max(across, down)  # As whole cells allow.
-            if name == "tokens" or not whole:
+            # The aspect ratio of the input, as far as rounding to whole rows and columns allows.
+            is_map = rows and abs(rows * across - columns * down) <= max(across, down)
+            if name == "tokens" or not is_map:
                 continue
             x = fitting.cut(values[0]) if fitting else values[0]
             if x.ndim == 2 or len(x) == 1:
@@ -179,6 +215,7 @@ class Model:
         return maps
 
     def _classes(self, logits: Array) -> list[Class]:
+        """Return the most probable classes."""
         weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
         best = np.argsort(-probabilities, kind="stable")[: self._top]
@@ -188,6 +225,7 @@ class Model:
 
 
 def _summary(name: str, values: Array, threshold: float) -> MapSummary:
+    """Return the summary of one map."""
     x = values.astype(np.float64)
     low, high = float(x.min()), float(x.max())
     area, centroid = None, None
@@ -202,11 +240,11 @@ def _summary(name: str, values: Array, threshold: float) -> MapSummary:
 
 
 def _require_image(session: Session, bundle: Bundle) -> None:
-    """Refuse a model that takes something else than one image of the size that its manifest says.
+    """Refuse a model whose input is not one image of the size in its manifest.
 
     Raises:
-        ConfigError: it takes larger batches.
-        ArtifactError: it takes something else.
+        ConfigError: It takes larger batches.
+        ArtifactError: It takes other inputs.
     """
     takes, (height, width) = session.inputs[0], height_width(bundle.image_size)
     batch, *rest = takes.shape

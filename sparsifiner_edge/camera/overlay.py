@@ -1,4 +1,4 @@
-"""A video of the frames, with what the model read of them and its answers drawn into it."""
+"""Video of the frames, with the answers and the part that the model read drawn into it."""
 
 from __future__ import annotations
 
@@ -22,36 +22,46 @@ from sparsifiner_edge.fitting import Fitting
 from sparsifiner_edge.text import printable
 
 _LEAST_SIDE = 480
-"""Pixels along the longer side: smaller images are enlarged, so that text can be read."""
+"""Least length of the longer side in pixels: smaller frames are enlarged so that the text is legible."""
 _CODEC = "libx264"
 _FAST = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
-_TEXT, _MARGIN, _TEXT_WIDTH = 16, 8, 44
+"""Encoder options: little processor time and delay, a key frame every 50 frames."""
+_TEXT = 16
+"""Font size in pixels."""
+_MARGIN = 8
+"""Space around the text in pixels."""
+_TEXT_WIDTH = 44
+"""Longest label in characters."""
 _COLOURS = (255, 40, 0), (0, 140, 255), (60, 220, 60), (255, 200, 0), (200, 60, 255), (0, 220, 220), (255, 120, 180)
-"""Of maps, in their order."""
-_FRESH, _TINT = (255, 255, 0), 70
-"""Colour of patches that were computed, and how strong it is, of 255."""
+"""RGB colours of the maps, in order."""
+_FRESH = (255, 255, 0)
+"""RGB colour of recomputed patches."""
+_TINT = 70
+"""Opacity of that colour, of 255."""
 _UNREAD = 140
-"""How dark is what the model does not read, of 255."""
+"""Opacity of the black over the part that the model does not read, of 255."""
 
 
 class Overlay:
-    """A video of whole frames with the model's answers: what it does not read is darkened, what a stream's step
-    computed is tinted, and a map drawn where it is above a threshold. As large as the first frame; times of the file
-    are those of the frames. A context manager.
+    """Context manager that writes a video of whole frames with the model's answers.
+
+    The part that the model does not read is darkened, recomputed patches are tinted, and maps are drawn where they are
+    above a threshold. The video has the size of the first frame, and the timestamps of the frames.
 
     Args:
-        path: .mp4 (in fragments, so that a file cut short still plays) or .mkv.
-        threshold: of maps from 0 to 1.
-        live: a service goes on without the overlay when the disk or the encoder refuses, counts and reports that; of
-            another source the overlay is what was wanted, and its failure is an error.
-        status: counts failures.
+        path: File to write: .mp4 (fragmented, so that a file cut short still plays) or .mkv.
+        threshold: Threshold of maps from 0 to 1.
+        live: Whether the source is live. If the disk or the encoder fails, a live source goes on without the overlay,
+            and counts and reports the failure; for other sources it is an error.
+        status: Counts and reports failures.
 
     Raises:
-        ArtifactError: the file cannot be made.
+        ArtifactError: The file cannot be created.
     """
 
     def __init__(self, path: Path, threshold: float, live: bool, status: Status) -> None:
-        self._path, self._live, self._status = path, False, status  # What cannot be begun is an error of any source.
+        # Not live yet: a file that cannot be created is an error for any source.
+        self._path, self._live, self._status = path, False, status
         self._threshold, self._size = threshold, (0, 0)
         self._began: float | None = None
         self._last = -1
@@ -74,10 +84,14 @@ class Overlay:
                 self._file.mux(self._stream.encode(None))
 
     def write(self, answered: Answered, heats: list[Array]) -> None:
-        """Add a frame with its record, top left, and `Model.heats`.
+        """Add a frame.
+
+        Args:
+            answered: The frame with its record, which is written into its upper left corner.
+            heats: Maps to draw; see `Model.heats`.
 
         Raises:
-            ArtifactError: the disk or the encoder refuses, of a source that is not live.
+            ArtifactError: The disk or the encoder failed, and the source is not live.
         """
         if self._lost:
             return
@@ -91,7 +105,8 @@ class Overlay:
         if self._began is None:
             height, width = view.shape[:2]
             times = max(1, -(-_LEAST_SIDE // max(height, width)))
-            self._size = tuple(max(2, side * times // 2 * 2) for side in (width, height))  # Encoders take no odd ones.
+            # Encoders require even sides.
+            self._size = tuple(max(2, side * times // 2 * 2) for side in (width, height))
             self._stream.width, self._stream.height = self._size
         frame = av.VideoFrame.from_ndarray(self._draw(view, answered, lines, heats), format="rgb24")
         self._began = at_s if self._began is None else self._began
@@ -102,7 +117,7 @@ class Overlay:
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
-        """FFmpeg's errors are many, and not all of them are the system's. The first alone is raised, or told."""
+        """Turn errors of FFmpeg and of the system into ArtifactError. Only the first one is raised or reported."""
         try:
             with io_errors(self._path):
                 try:
@@ -119,6 +134,7 @@ class Overlay:
             self._status.event("overlay_lost", reason=error.what)
 
     def _draw(self, view: Pixels, answered: Answered, lines: list[str], heats: list[Array]) -> Pixels:
+        """Return the frame with maps, tints and text drawn into it."""
         fitting = answered.fitting
         image, box = Image.fromarray(view).resize(self._size), _box_in(fitting, self._size)
         size = box[2] - box[0], box[3] - box[1]
@@ -142,7 +158,7 @@ class Overlay:
 
 
 def _box_in(fitting: Fitting, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the box in a picture of the frame; a pixel at least."""
+    """Return left, top, right and bottom of the box in a resized frame; it is at least one pixel large."""
     x, y, width, height = fitting.box
     across, down = size[0] / fitting.frame[0], size[1] / fitting.frame[1]
     column, row = min(round(x * across), size[0] - 1), min(round(y * down), size[1] - 1)
@@ -150,12 +166,12 @@ def _box_in(fitting: Fitting, size: tuple[int, int]) -> tuple[int, int, int, int
 
 
 def text_lines(record: FrameRecord, rate: float) -> list[str]:
-    """What is written into a frame."""
+    """Return the lines of text that are drawn into a frame."""
     lines = [f"{printable(top.label, _TEXT_WIDTH)}  {top.probability:.0%}" for top in record.top or []]
     if record.change is not None:
         lines.append(f"change {record.change:.3f}")
     for summary in record.maps or []:
-        area = f"mean {summary.mean:.3g}" if summary.area is None else f"{summary.area:.0%} of what is read"
+        area = f"mean {summary.mean:.3g}" if summary.area is None else f"{summary.area:.0%} of the box"
         lines.append(f"{printable(summary.output, _TEXT_WIDTH)}  {area}")
     if record.computed is not None:
         lines.append(f"{record.computed.by}: {record.computed.share:.0%} computed")

@@ -1,7 +1,8 @@
-"""How a bundle keeps up with a camera: frames come at a constant rate, whether the last one is answered or not.
+"""Measurement of how a bundle keeps up with a camera: frames arrive at a constant rate, whatever the model is doing.
 
-As in MLPerf's scenario of a constant stream: a frame that comes while another is being answered waits; where another
-comes meanwhile, the newest is answered next and the others are missed. Frames are decoded before, and all are others.
+As in MLPerf's constant-stream scenario, a frame that arrives while another one is being answered waits. If a further
+frame arrives meanwhile, the newest one is answered next and the others are missed. Frames are decoded beforehand, and
+no frame is used twice.
 """
 
 from __future__ import annotations
@@ -29,12 +30,27 @@ from sparsifiner_edge.results import Result
 from sparsifiner_edge.runtime.session import Runtime
 
 MOST_HELD = 2 << 30
-"""Bytes of decoded frames."""
-_WARM_UP, _IDLE_S, _LEAST_FRAMES = 3, 2.0, 5
+"""Most bytes of decoded frames that are held in memory."""
+_WARM_UP = 3
+"""Frames answered before the measurement."""
+_IDLE_S = 2.0
+"""Seconds for which idle power is recorded before the measurement."""
+_LEAST_FRAMES = 5
+"""Fewest frames for a result."""
 
 
 class PaceMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How frames came, and what answered them; whether as a stream, and why not where the bundle has one."""
+    """Setup of the measurement.
+
+    Attributes:
+        video: Name of the video.
+        rate: Frames per second.
+        deadline_ms: Deadline from the arrival of a frame to its answer, in milliseconds.
+        preprocessing: How frames were brought to the input size.
+        runtime: What ran the model.
+        stream: Whether streaming inference was used.
+        why_whole: Why it was not used although the bundle supports it.
+    """
 
     video: str
     rate: float
@@ -46,13 +62,15 @@ class PaceMethod(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PaceFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Of all frames.
+    """Figures over all frames. Percentiles are "p50", "p99" and "p99.9".
 
     Attributes:
-        missed: share of those that were answered later than the deadline after they came, or not at all: dropped, of
-            which there are so many.
-        age_ms: from the coming of a frame to its answer; infer_ms: of that, the answering itself: by percentile.
-        energy: of the machine's whole time, idle included, by the frame that came.
+        frames: Number of frames that arrived.
+        dropped: Number of frames that were not answered.
+        missed: Share of the frames that were dropped, or answered after the deadline.
+        age_ms: Percentiles of the time from the arrival of a frame to its answer, in milliseconds.
+        infer_ms: Percentiles of the inference time within it, in milliseconds.
+        energy: Energy of the machine per arrived frame, over the whole time including idle time.
     """
 
     frames: int
@@ -64,7 +82,7 @@ class PaceFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PaceResult(Result, frozen=True):
-    """Of kind "pace"; samples: "age_ms" and "infer_ms" of each frame that was answered."""
+    """Result of kind "pace". Samples are "age_ms" and "infer_ms" of each answered frame."""
 
     method: PaceMethod
     samples: dict[str, list[float]]
@@ -81,25 +99,32 @@ def profile_camera(
     seconds: float = 10.0,
     progress: Progress | None = None,
 ) -> PaceResult:
-    """Answer a video's frames as they come from a camera, and tell how many answers are late.
+    """Answer the frames of a video at the rate of a camera, and measure how many answers miss a deadline.
 
     Args:
-        bundle: what answers; as a stream where it has one. video: a video, or a folder of a camera's images.
-        options: of these execution, fit, region, stream, at_least and share. rate: frames a second.
-        deadline_ms: from a frame's coming to its answer; None: the time until the next one comes.
-        seconds: for so long, or until the video ends. progress: see `Progress`.
+        bundle: Bundle to measure; uses streaming inference if the bundle supports it.
+        video: Video, or a folder of a camera's images.
+        options: Used fields: execution, fit, region, stream, at_least and share.
+        rate: Frames per second.
+        deadline_ms: Deadline from the arrival of a frame to its answer in milliseconds; None for the time until the
+            next frame arrives.
+        seconds: Duration of the measurement; it ends earlier if the video does.
+        progress: See `Progress`.
+
+    Returns:
+        A result of kind "pace".
 
     Raises:
-        ConfigError: a number is out of range, or so many frames do not fit into memory.
-        ImageError: the video cannot be read, or is too short.
-        SparsifinerError: the bundle or backend is unusable.
+        ConfigError: A number is out of range, or the frames do not fit into memory.
+        ImageError: The video cannot be read, or is too short.
+        SparsifinerError: The bundle or backend is unusable.
 
     Example:
         >>> profile_camera("bundle", "images", rate=100, deadline_ms=5000).statistics.frames
         6
     """
     options = options or RunOptions()
-    require(0 < rate <= 1000, f"rate is {rate}.", "Give frames a second, at most 1000.")
+    require(0 < rate <= 1000, f"rate is {rate}.", "Give frames per second, above 0 and at most 1000.")
     deadline = 1e3 / rate if deadline_ms is None else deadline_ms
     require(0 < deadline <= 1e3 * MOST_SECONDS, f"deadline_ms is {deadline_ms}.", "Give milliseconds.")
     require(0 < seconds <= MOST_SECONDS, f"seconds is {seconds}.", "Give seconds.")
@@ -139,19 +164,20 @@ def profile_camera(
 
 
 def _decode(model: Model, video: str, count: int) -> list[Array]:
+    """Return up to `count` decoded inputs of the model, uint8 RGB [H,W,3]."""
     images = list[Array]()
     for image in images_of(model, video, count):
         images.append(image)
-        require(len(images) * image.nbytes <= MOST_HELD, "So many frames take 2 GiB.", "Give fewer seconds.")
+        require(len(images) * image.nbytes <= MOST_HELD, "The decoded frames exceed 2 GiB.", "Give fewer seconds.")
     if len(images) < _LEAST_FRAMES:
-        raise ImageError(f"{video} has {len(images)} frames.", f"Give one of {_LEAST_FRAMES} or more.")
+        raise ImageError(f"{video} has {len(images)} frames.", f"Give a video of at least {_LEAST_FRAMES} frames.")
     return images
 
 
 def _answer_all(
     model: Model, images: list[Array], rate: float, progress: Progress | None
 ) -> tuple[dict[str, list[float]], Window]:
-    """Milliseconds of each frame that was answered, and when all this was."""
+    """Return the ages and inference times of the answered frames in milliseconds, and the time window of the run."""
     ages, taken, number, follows = list[float](), list[float](), 0, False
     begin_ns = time.monotonic_ns()
     begin = begin_ns / 1e9
@@ -166,11 +192,12 @@ def _answer_all(
         ages.append((ended - comes) * 1e3)
         if progress:
             progress("frames", number + 1, len(images))
-        # The newest that has come by now; one that is to come where there is none.
+        # The newest frame that has arrived by now; if there is none, the next one to arrive.
         number = max(number + 1, min(int((ended - begin) * rate), len(images) - 1))
     return {"age_ms": ages, "infer_ms": taken}, (begin_ns, time.monotonic_ns())
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:
+    """Return the 50th, 99th and 99.9th percentile."""
     marks = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
     return {name: float(np.quantile(values, mark)) for name, mark in marks.items()}

@@ -1,5 +1,6 @@
-"""From a source to answers, until the source ends, enough is done, or someone asks to stop: `run` gives them to a
-program, `run_bundle` writes them as lines.
+"""Inference from a source to answers: `run` yields them to a program, `run_bundle` writes them as JSON lines.
+
+Both continue until the source ends, the requested number of frames is answered, or a stop is requested.
 """
 
 from __future__ import annotations
@@ -35,25 +36,31 @@ from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import write_record
 
 _TICK_S = 0.1
+"""Longest wait for a frame in seconds, after which a stop request is noticed."""
 _OVERLAY_SUFFIXES = (".mkv", ".mp4")
-_NOT_CONFINED = {"missing": ["GStreamer decodes this source, and is not confined."]}
+_NOT_CONFINED = {"missing": ["GStreamer decodes this source and is not confined."]}
 
 
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How to run.
+    """Options of `run` and `run_bundle`.
 
     Attributes:
-        execution: how it is run. top: most classes of an answer, and channels of each output that is told as maps.
-        threshold: less probable ones are left out (None: none are), and what is less in a map (None: one half).
-        fit, region: how frames are brought to the model's size, see `fitting.Framing`; fit None: as the bundle says.
-        public_key: file of the key that must have signed the bundle; None: no signature is required.
-        output: file for the records, added to by a live source; None is standard output.
-        overlay: video file to draw frames and answers into.
-        frames: where to stop.
-        metrics: host and port of the metrics, see `HealthServer`.
-        stall_s: a source that gives nothing for so long is taken for dead.
-        stream: of a video or a camera compute what changed, where the bundle was exported for that (`--stream`).
-        at_least, share: see `Session.stream`, which they then require; None: a fidelity of .98.
+        execution: Backend and its settings.
+        top: Most classes of an answer, and most channels of each output that are summarised as maps.
+        threshold: Least probability of a class (default: none), and threshold of a map's area (default: one half).
+        fit: How frames are brought to the model's size, see `Framing`; None uses the bundle's own setting.
+        region: Part of each frame that is read, see `Framing`; None for all of it.
+        public_key: File of the key that must have signed the bundle; None requires no signature.
+        output: File for the records; None for standard output. A live source appends to it.
+        overlay: Video file to draw frames and answers into.
+        frames: Stop after this many frames.
+        metrics: Host and port to serve metrics on; see `HealthServer`.
+        stall_s: Seconds without a frame after which the source is opened again.
+        stream: Use streaming inference on videos and cameras if the bundle was exported with `--stream`.
+        at_least: Target fidelity of streaming inference, .98 by default, see `Session.stream`. Setting it makes
+            streaming inference a requirement.
+        share: Fixed share of the patches to recompute instead, see `Session.stream`. Setting it makes streaming
+            inference a requirement.
 
     Example:
         >>> RunOptions(execution=Execution(backend="openvino"), frames=100).top
@@ -77,19 +84,19 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(bundle: str | Path, source: str, options: RunOptions | None = None) -> Iterator[Answered]:
-    """Run a bundle on images, a video or a camera: its answers one by one, as they come.
+    """Run a bundle on images, a video or a camera, and yield the answers one by one.
 
-    Of a video that is every frame, of a camera the newest; one that is lost is opened again. A loop that is left, by
-    `break` or by an error, ends the process that decodes. An image that cannot be read is left out, and is an error in
-    the end.
+    All frames of a video are answered, but only the newest of a camera; a camera that is lost is opened again. Leaving
+    the loop, by `break` or by an error, ends the decoding process. Images that cannot be read are left out, and raise
+    an error after the last image.
 
     Args:
-        bundle: a folder made by `sparsifiner-edge export`.
-        source: an image, a folder, a video, a camera, or an address; see `parse_source`.
-        options: how; `output`, `overlay` and `metrics` are for `run_bundle`.
+        bundle: Folder made by `sparsifiner-edge export`.
+        source: Image, folder, video, camera or address; see `parse_source`.
+        options: Options; `output`, `overlay` and `metrics` are only for `run_bundle`.
 
     Raises:
-        SparsifinerError: see `run_bundle`.
+        SparsifinerError: As for `run_bundle`.
 
     Example:
         >>> for answered in run("bundle", "images"):
@@ -100,12 +107,13 @@ def run(bundle: str | Path, source: str, options: RunOptions | None = None) -> I
     parsed, options = parse_source(source), options or RunOptions()
     for name in ("output", "overlay", "metrics"):
         if getattr(options, name) is not None:
-            raise ConfigError(f"{name} is given, and run writes nothing.", "Leave it out, or call run_bundle.")
+            raise ConfigError(f"{name} is set, but run writes no output.", "Leave it out, or call run_bundle.")
     _require(Path(bundle), parsed, options)
     return _run(Path(bundle), parsed, options)
 
 
 def _run(bundle: Path, source: Source, options: RunOptions) -> Iterator[Answered]:
+    """Open the bundle and yield its answers; images that cannot be read have none."""
     status, stop, closing = Status(source.shown, lambda _event: None), threading.Event(), contextlib.closing
     with (
         _open(bundle, source, options, True) as model,
@@ -115,27 +123,31 @@ def _run(bundle: Path, source: Source, options: RunOptions) -> Iterator[Answered
 
 
 def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = None) -> Summary:
-    """Run a bundle on images, a video or a camera: one JSON line per image or frame, on standard output or into a file.
+    r"""Run a bundle on images, a video or a camera, and write one JSON line per image or frame.
 
-    Of a video or a camera events go to standard error, one JSON line each. SIGTERM and SIGINT end it after the image or
-    frame at hand; a second one ends it at once.
+    The lines go to standard output or into a file. For videos and cameras, events go to standard error as JSON lines.
+    SIGTERM and SIGINT end the run after the current image or frame; a second signal ends it at once.
 
     Args:
-        bundle: a folder made by `sparsifiner-edge export`.
-        source: an image, a folder, a video, a camera, or an address; see `parse_source`.
-        options: how.
+        bundle: Folder made by `sparsifiner-edge export`.
+        source: Image, folder, video, camera or address; see `parse_source`.
+        options: Options of the run.
+
+    Returns:
+        Figures of the run.
 
     Raises:
-        ConfigError: options that are for videos and cameras, of images.
-        ImageError: the source cannot be read, some of its images cannot, whose lines say why, or it gave no frame.
-        ArtifactError: the output cannot be written; a live source's run goes on and counts.
-        BrokenPipeError: the reader of standard output has gone.
-        SparsifinerError: the bundle, backend or options are unusable.
+        ConfigError: An option for videos and cameras is set for images.
+        ImageError: The source cannot be read or gave no frame, or some of its images cannot be read; their lines say
+            why.
+        ArtifactError: The output cannot be written; for a live source the run goes on and counts failures instead.
+        BrokenPipeError: The reader of standard output is gone.
+        SparsifinerError: The bundle, backend or options are unusable.
 
     Example:
         >>> run_bundle("bundle", "images", RunOptions(output=Path("answers.jsonl"), top=1)).processed
         6
-        >>> Path("answers.jsonl").read_text().count("\\n")
+        >>> Path("answers.jsonl").read_text().count("\n")
         6
     """
     parsed, options = parse_source(source), options or RunOptions()
@@ -149,7 +161,7 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
         if options.metrics is not None:
             server = stack.enter_context(HealthServer(options.metrics, status, max(2.0, 2 * options.stall_s)))
             status.event("metrics", address=server.url)
-        # What really runs, once: a library that could not be loaded means kernels several times slower.
+        # Report what actually runs: without the native library kernels are several times slower.
         status.event("model", **write_record(model.session.description))
         if model.stream is not None:
             status.event("stream", **write_record(model.stream.description))
@@ -157,7 +169,7 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
             status.event("warning", reason=model.whole)
         status.event("decoding", **(_NOT_CONFINED if parsed.kind == "gst" else write_record(confinement())))
         if not is_video and (chosen := model.session.description.chosen) is not None:
-            _say(chosen)
+            _print_to_stderr(chosen)
         stop = stack.enter_context(stopping())
         if is_video:
             stack.enter_context(warnings.catch_warnings())
@@ -170,14 +182,15 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
 
 
 def _write(model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event) -> None:
-    """Answers to where they are wanted."""
+    """Write answers to the output and the overlay."""
     with contextlib.ExitStack() as stack:
         answers = stack.enter_context(contextlib.closing(_answers(model, source, options, status, stop)))
-        # Before the file: a bundle whose first answer is an error leaves it as it was.
+        # Answer the first image before the output is opened, so that an error leaves an existing file unchanged.
         first = [next(answers)] if source.kind == "images" else []
-        read = first[0].fitting if first and isinstance(first[0], Answered) else None  # Of a video that is an event.
-        if read is not None and (read.box[2:], read.inner[2:]) != (read.frame, read.size):
-            _say(model.framing.describe(read))
+        # Videos report their geometry as an event.
+        fitting = first[0].fitting if first and isinstance(first[0], Answered) else None
+        if fitting is not None and (fitting.box[2:], fitting.inner[2:]) != (fitting.frame, fitting.size):
+            _print_to_stderr(model.framing.describe(fitting))
         lines = stack.enter_context(LineWriter(options.output or sys.stdout, source.live, stop, status.count))
         overlay = None
         if options.overlay is not None:
@@ -192,14 +205,15 @@ def _write(model: Model, source: Source, options: RunOptions, status: Status, st
                 overlay.write(answer, model.heats(answer.outputs, answer.fitting))
 
 
-def _say(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
+    """Print a line to standard error."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):  # Who read it may have gone, as of `Status.event`.
+        with contextlib.suppress(OSError):  # The reader of standard error may be gone; see `Status.event`.
             print(text, file=sys.stderr)
 
 
 def open_model(bundle: Path, options: RunOptions, any_outputs: bool = True) -> Model:
-    """A bundle as these options have it; see `Model`."""
+    """Open a bundle with these options; see `Model`."""
     return Model(
         bundle,
         execution_of(options.execution),
@@ -213,6 +227,7 @@ def open_model(bundle: Path, options: RunOptions, any_outputs: bool = True) -> M
 
 
 def _open(bundle: Path, source: Source, options: RunOptions, any_outputs: bool = False) -> Model:
+    """Open a bundle, and start streaming inference on videos and cameras."""
     model = open_model(bundle, options, any_outputs)
     if options.stream and source.kind != "images":
         try:
@@ -226,25 +241,27 @@ def _open(bundle: Path, source: Source, options: RunOptions, any_outputs: bool =
 def _answers(
     model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event
 ) -> Generator[Answered | ImageRecord, None, None]:
-    """Answers, until the source ends, enough is given, or someone asks to stop; of an image that cannot be read its
-    record.
+    """Yield answers until the source ends, enough frames are answered, or a stop is requested.
+
+    An image that cannot be read gives its record only.
 
     Raises:
-        ImageError: a single image cannot be read; or in the end, some could not, or the source failed or was empty.
-        SparsifinerError: what the model gives is unusable.
+        ImageError: A single image cannot be read; or, at the end, some images could not be read, or the source failed
+            or gave no frame.
+        SparsifinerError: The outputs of the model are unusable.
     """
     if source.kind == "images":
         yield from _of_images(model, Path(source.location), status, stop)
         return
-    before, returns = None, 0
+    previous, reconnects = None, 0
     with Capture(source, Wanted(model.framing, options.overlay is not None), options.stall_s, status) as capture:
         for frame in frames_of(capture, stop):
             now = status.counts["reconnects"]
-            follows, returns = now == returns and model.framing.of(frame.width, frame.height) == before, now
+            follows, reconnects = now == reconnects and model.framing.of(frame.width, frame.height) == previous, now
             answered = _answer(model, source, frame, status, follows)
-            if (read := answered.fitting) != before:
-                status.event("frames", size=read.frame, box=read.box, says=model.framing.describe(read))
-            before = read
+            if (fitting := answered.fitting) != previous:
+                status.event("frames", size=fitting.frame, box=fitting.box, says=model.framing.describe(fitting))
+            previous = fitting
             status.count_answer(answered.record)
             yield answered
             if status.counts["processed"] == options.frames:
@@ -256,10 +273,11 @@ def _answers(
         raise ImageError(what, "Replace or repair it" + (", or give another region." if options.region else "."))
     if status.counts["processed"] == 0:
         reason = f": {status.last_reason}" if status.last_reason else ""
-        raise ImageError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")
+        raise ImageError(f"{source.shown} gave no frame{reason}.", "Check that the source exists, and its address.")
 
 
 def _of_images(model: Model, source: Path, status: Status, stop: threading.Event) -> Iterator[Answered | ImageRecord]:
+    """Yield the answers for images."""
     images, failed = list_images(source), list[str]()
     for path in images:
         start = time.monotonic_ns()
@@ -286,7 +304,7 @@ def _of_images(model: Model, source: Path, status: Status, stop: threading.Event
 
 
 def frames_of(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
-    """Frames until there are no more, or a stop is requested; notifies systemd's watchdog once a second."""
+    """Yield frames until there are no more or a stop is requested. Notifies systemd's watchdog once a second."""
     notified_at = 0.0
     while not stop.is_set() and not capture.is_over:
         if time.monotonic() >= notified_at + 1:
@@ -297,7 +315,15 @@ def frames_of(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
 
 
 def _answer(model: Model, source: Source, frame: Frame, status: Status, follows: bool) -> Answered:
-    """What the model says of a frame; follows: the one before, from the same camera."""
+    """Return the answer for a frame.
+
+    Args:
+        model: Model to run.
+        source: Source of the frame.
+        frame: The frame.
+        status: Counts values that are NaN or infinite.
+        follows: Whether the frame follows the previous one of the same camera.
+    """
     image, fitting = frame.image(model.framing), model.framing.of(frame.width, frame.height)
     began = time.monotonic_ns()
     outputs, computed = model.infer_frame(image, follows)
@@ -322,24 +348,29 @@ def _answer(model: Model, source: Source, frame: Frame, status: Status, follows:
         computed=computed,
         **asdict(answer),
     )
-    fresh = model.stream.fresh if model.stream is not None and computed is not None and computed.by == "step" else None
+    fresh = (
+        model.stream.fresh
+        if model.stream is not None and computed is not None and computed.by == "incremental"
+        else None
+    )
     return Answered(record.frame, record.end_to_end_ms, image, outputs, record, fitting, frame.whole(), fresh)
 
 
 def _ms(began_ns: int, ended_ns: int) -> float:
+    """Return the milliseconds between two times."""
     return round((ended_ns - began_ns) / 1e6, 3)
 
 
 def _require(bundle: Path, source: Source, options: RunOptions) -> None:
-    """Refuse what cannot be read, decoded or written, before anything is opened."""
+    """Refuse a source that cannot be read or decoded and outputs that cannot be written, before anything is opened."""
     required = options.at_least is not None or options.share is not None
     if options.at_least is not None and options.share is not None:
         raise ConfigError("at_least and share are both given.", "Give one of them.")
     if required and (source.kind == "images" or not options.stream):
-        what = "at_least and share are for streams: videos and cameras."
-        raise ConfigError(what, "Leave them out, or --no-stream.")
+        what = "at_least and share apply only to streaming inference on videos and cameras."
+        raise ConfigError(what, "Leave them out, or remove --no-stream.")
     if source.kind == "images":
-        if not os.path.exists(source.location):  # noqa: PTH110  (of a name that is too long, too)
+        if not os.path.exists(source.location):  # noqa: PTH110  (pathlib raises if the name is too long)
             raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
         for name in ("overlay", "metrics", "frames"):
             if getattr(options, name) is not None:
@@ -348,10 +379,10 @@ def _require(bundle: Path, source: Source, options: RunOptions) -> None:
     else:
         require_decoder(source, options.overlay is not None)
     if options.overlay is not None and options.overlay.suffix.lower() not in _OVERLAY_SUFFIXES:
-        fix = f"Let it end with {' or '.join(_OVERLAY_SUFFIXES)}."
-        raise ConfigError(f"The overlay {options.overlay} is no video's name.", fix)
+        fix = f"Give a name that ends with {' or '.join(_OVERLAY_SUFFIXES)}."
+        raise ConfigError(f"The overlay {options.overlay} is not a supported video file.", fix)
     for path in filter(None, (options.output, options.overlay)):
         require_file_path(path)
         require_other_file(path, source, bundle)
     if options.overlay and options.output and os.path.realpath(options.output) == os.path.realpath(options.overlay):
-        raise ConfigError(f"{options.output} cannot hold records and overlay.", "Give two names.")
+        raise ConfigError(f"{options.output} is given for both records and overlay.", "Give two different files.")

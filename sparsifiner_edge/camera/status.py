@@ -1,4 +1,4 @@
-"""What a run is doing: counters, state, one JSON line for each change of state, and messages to systemd."""
+"""Status of a run: counters, state, one JSON line per change of state, and notifications to systemd."""
 
 from __future__ import annotations
 
@@ -15,35 +15,47 @@ from collections.abc import Callable
 from sparsifiner_edge.camera.answers import FrameRecord, ImageRecord, Summary
 
 STATES = ("starting", "connecting", "streaming", "lost", "stalled", "ended")
+"""States of a source, as the metrics report them."""
 COUNTERS = {
-    "captured": "Frames decoded.",
+    "captured": "Decoded frames.",
     "processed": "Frames that the model answered.",
     "dropped": "Frames replaced by a newer one before the model was free.",
     "bad_packets": "Damaged packets.",
-    "reconnects": "Returns of a source that was lost.",
+    "reconnects": "Times that a lost source came back.",
     "stalls": "Times that the decoder hung and was ended.",
     "crashes": "Times that the decoding process crashed.",
-    "lines_dropped": "Records that the reader of the output was too slow for.",
+    "lines_dropped": "Records dropped because the reader of the output was too slow.",
     "output_errors": "Records that could not be written.",
     "overlay_errors": "Times that the overlay could not be written and was given up.",
-    "not_finite": "Numbers of answers that were NaN or infinite, and were written as null.",
+    "not_finite": "Values of answers that were NaN or infinite, and were written as null.",
 }
-"""And what each counts."""
+"""Meaning of each counter."""
 TIMES = ("capture", "preprocess", "queued", "infer", "postprocess", "end_to_end", "frame_age")
-"""Of a record, without _ms."""
+"""Durations in a record, without _ms."""
 UP_TO_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Limits of the histograms' buckets."""
+"""Upper limits of the histograms' buckets in seconds."""
 SUMMED_UP = ("infer", "end_to_end", "queued", "frame_age")
+"""Durations in the summary of a run."""
 LATEST = 10_000
-"""Times of so many answers are kept for the summary: a service runs for months."""
+"""Number of answers whose durations are kept for the summary. A service runs for months and cannot keep all."""
 
 
 class Status:
-    """Shared by the threads of one run.
+    """Status of one run, shared by its threads.
 
     Args:
-        source: as it may be shown.
-        tell: takes each event; where it raises an OSError the event is lost, and nothing else.
+        source: Source in a form without secrets.
+        tell: Called with each event. If it raises an OSError, the event is lost and the run goes on.
+
+    Attributes:
+        source: Source in a form without secrets.
+        counts: Counters, by the names in `COUNTERS`.
+        state: Current state, one of `STATES`.
+        reason: Reason of the current state.
+        last_reason: Latest reason of any state.
+        recovered_s: Duration of the last outage in seconds; None if there was none.
+        times: Histogram counts of each duration in `TIMES`.
+        sums_s: Sum of each duration in seconds.
     """
 
     def __init__(self, source: str, tell: Callable[[object], None]) -> None:
@@ -63,7 +75,7 @@ class Status:
         self.sums_s = dict.fromkeys(TIMES, 0.0)
 
     def count(self, name: str, by: int = 1) -> None:
-        """Add to a counter. A failing output is reported once."""
+        """Add to a counter. The first failure of the output is also reported as an event."""
         with self._lock:
             before = self.counts[name]
             self.counts[name] += by
@@ -73,9 +85,16 @@ class Status:
     def enter(
         self, state: str, reason: str | None = None, attempt: int | None = None, decoder: str | None = None
     ) -> None:
-        """Change the state, and report it unless nothing changed.
+        """Change the state, and report it if it changed.
 
-        A night without a camera is no reason to fill a log: after four attempts only some are reported.
+        To keep logs short during a long outage, only the first four attempts are reported, then those with a power of
+        two as their number.
+
+        Args:
+            state: New state, one of `STATES`.
+            reason: Reason for it.
+            attempt: Number of failed attempts to open the source.
+            decoder: Description of the decoder.
         """
         lost_s = None
         with self._lock:
@@ -93,14 +112,14 @@ class Status:
             self.event("state", state=state, reason=reason, attempt=attempt, lost_s=lost_s, decoder=decoder)
 
     def event(self, event: str, **fields: object) -> None:
-        """One line; `monotonic_s` is on the clock of the frames' times."""
+        """Report an event as one line; its `monotonic_s` is on the same clock as the times of frames."""
         known = {name: value for name, value in fields.items() if value is not None}
         line = {"event": event, "source": self.source, "monotonic_s": round(time.monotonic(), 3)} | known
-        with contextlib.suppress(OSError):  # Who read the events may have gone; the records have another reader.
+        with contextlib.suppress(OSError):  # The reader of the events may be gone. The records have another reader.
             self._tell(line)
 
     def count_answer(self, record: FrameRecord | ImageRecord) -> None:
-        """A frame's or image's answer is ready."""
+        """Count the answer for a frame or image, and its durations."""
         self._first_at = self._first_at or time.monotonic()
         self.count("processed")
         self._processed_at = time.monotonic()
@@ -112,7 +131,7 @@ class Status:
                     self._latest[name].append(taken_ms)
 
     def summary(self) -> Summary:
-        """How the run went so far."""
+        """Return the figures of the run so far."""
         times = {name: sorted(values) for name, values in self._latest.items() if values}
         count, span_s = self.counts["processed"], (self._processed_at or 0.0) - self._first_at
         return Summary(
@@ -124,12 +143,16 @@ class Status:
         )
 
     def silent_s(self) -> float | None:
-        """Seconds since the last answer; None before the first."""
+        """Return the seconds since the last answer, or None before the first."""
         return None if self._processed_at is None else time.monotonic() - self._processed_at
 
 
 def notify_systemd(text: str) -> None:
-    """Send READY=1, WATCHDOG=1 or STOPPING=1 to the socket that systemd names (sd_notify), if it does."""
+    """Send a message to systemd (sd_notify) if it started this process.
+
+    Args:
+        text: READY=1, WATCHDOG=1 or STOPPING=1.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return

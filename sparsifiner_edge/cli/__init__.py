@@ -1,4 +1,5 @@
-"""The command line: one file per command; each parses, calls one function of the package, and prints.
+"""Command line: one module per command.
 
-Options that a command only passes on have the names of that function's arguments.
+Each command parses its options, calls one function of the package and prints the result. Options that are passed on
+unchanged have the names of that function's arguments.
 """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _batch(text: str) -> tuple[int, int, int]:
-    """ "4" -> (4, 4, 4); "1,2,8" -> (1, 2, 8)."""
+    """Parse `--batch`: "4" -> (4, 4, 4), "1,2,8" -> (1, 2, 8)."""
     sizes = [whole_number(part, "--batch", most=MOST_BATCH) for part in text.split(",")]
     if len(sizes) not in (1, 3):
         raise ConfigError(f"--batch is {text:.40}.", "Give a size, or three: LEAST,BEST,MOST.")
@@ -31,34 +31,43 @@ def _batch(text: str) -> tuple[int, int, int]:
 @click.command()
 @common.bundle_argument
 @click.option(
-    "--compute-capability", metavar="X.Y,...", help="GPUs to build for, such as 8.6,8.9; by default this machine's."
+    "--compute-capability",
+    metavar="X.Y,...",
+    help="Compute capabilities to build for, such as 8.6,8.9.  [default: this machine's GPU]",
 )
 @click.option(
     "--batch",
     metavar="SIZE|LEAST,BEST,MOST",
     callback=common.read_by(_batch),
-    help="For a dynamic batch: sizes that an engine takes, tuned for BEST.  [default: 1,1,8]",
+    help="Batch sizes of an engine with a dynamic batch; BEST is the size it is tuned for.  [default: 1,1,8]",
 )
 @click.option(
     "--timeout",
     "timeout_s",
     type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
-    help="Seconds that one variant of an engine may take.  [600; 1800 on a Jetson]",
+    help="Time limit for building one engine variant, in seconds.  [default: 600; 1800 on a Jetson]",
 )
-@click.option("--backend", required=True, help="tensorrt or tensorrt-rtx.")
+@click.option("--backend", required=True, help="Backend to build for: tensorrt or tensorrt-rtx.")
 @click.option(
     "--kernels",
     type=click.Choice(KERNEL_CHOICES),
     default="auto",
     show_default=True,
-    help="Of sparse attention and merging: the fastest, the CUDA kernels, or function bodies.",
+    help="Implementation of sparse attention and merging. auto: the fastest; native: the CUDA "
+    "kernels; portable: ONNX function bodies.",
 )
 @click.option(
-    "--bisect", is_flag=True, help="Build none; say at which layer one of bodies leaves the golden tolerance."
+    "--bisect",
+    is_flag=True,
+    help="Report the first layer at which an engine built from function bodies exceeds the golden "
+    "tolerance, instead of adding engines to the bundle.",
 )
 @common.json_option
 def command(*, bundle: Path, compute_capability: str | None, bisect: bool, as_json: bool, **options: Any) -> None:
-    """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
+    """Build engines for BUNDLE and add them to it.
+
+    If the target GPU is present, each engine is checked with the golden pair.
+    """
     import sparsifiner_edge as se
 
     if bisect:
@@ -69,7 +78,8 @@ def command(*, bundle: Path, compute_capability: str | None, bisect: bool, as_js
         }
         for name in (name for name, value in others.items() if value):
             raise ConfigError(
-                f"--bisect builds bodies for this machine: --{name} does not go with it.", "Leave it out."
+                f"--bisect builds function bodies for this machine and cannot be combined with --{name}.",
+                "Leave it out.",
             )
         _bisect(bundle, options["backend"], options["timeout_s"] or 1800.0, as_json)
         return
@@ -83,7 +93,7 @@ def command(*, bundle: Path, compute_capability: str | None, bisect: bool, as_js
     common.print_result(result, as_json, _print)
     if (bundle / SIGNATURE_FILE).is_file():
         click.echo(
-            f"warning: {bundle} was signed before, and its signature no longer holds. Sign it again: "
+            f"warning: {bundle} has changed, and its signature is no longer valid. Sign it again: "
             f"sparsifiner-edge bundle sign {bundle} --key KEY",
             err=True,
         )
@@ -97,9 +107,9 @@ def _bisect(bundle: Path, backend: str, timeout_s: float, as_json: bool) -> None
     rows = [[x.layer, f"{x.error:.3g}", f"{x.tolerance:.3g}", f"{x.cosine:.6f}"] for x in layers]
 
     def show(_: object) -> None:
-        heads = ["layer", "greatest difference, of the range", "tolerance", "mean cosine"]
-        common.print_table(f"{backend} beside ONNX Runtime", heads, rows)
-        click.echo(f"First beyond its tolerance: {printable(beyond.layer) if beyond else 'none'}")
+        heads = ["layer", "largest difference / range", "tolerance", "mean cosine"]
+        common.print_table(f"{backend} compared with ONNX Runtime", heads, rows)
+        click.echo(f"First layer beyond its tolerance: {printable(beyond.layer) if beyond else 'none'}")
 
     common.print_result({"layers": write_record(layers)}, as_json, show)
     if beyond is not None:

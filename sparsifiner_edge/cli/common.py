@@ -1,4 +1,4 @@
-"""Options, consoles and prints that commands share."""
+"""Options, consoles and printing functions that the commands share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparsifiner_edge.artifacts import MAX_JSON
 from sparsifiner_edge.artifacts import trust_text as trust_text  # noqa: PLC0414
 from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, size_text, whole_number
 from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
-from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS
+from sparsifiner_edge.execution import COMPUTE_PRECISIONS, KERNEL_CHOICES, PROVIDERS
 from sparsifiner_edge.files import read_bytes, require_file_path
 from sparsifiner_edge.fitting import FITS, parse_region
 from sparsifiner_edge.progress import Progress
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 err_console = Console(stderr=True)
-"""For progress and remarks: standard output carries results alone."""
+"""Console for progress and remarks. Standard output carries only results."""
 EVERY_S = 10.0
-"""Seconds between the lines of progress where there is no terminal."""
+"""Seconds between progress lines if standard error is not a terminal."""
 PATH = click.Path(path_type=Path)
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range; NaN, which compares with nothing, is rejected too."""
+    """Number in a range. NaN is rejected too."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read and check one value."""
+        """Parse and check one value."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
@@ -57,12 +57,12 @@ class FiniteRange(click.FloatRange):
 
 
 def output_option(what: str) -> Callable[[Command], Command]:
-    """`-o/--output FOLDER`."""
+    """Return the required option `-o/--output FOLDER` with this help text."""
     return click.option("-o", "--output", type=PATH, required=True, help=what)
 
 
 def read_by(read: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """A callback for an option: what `read` makes of its value; None where it is not given."""
+    """Return an option callback that applies `read` to the value, and keeps None."""
     return lambda _context, _option, value: None if value is None else read(value)
 
 
@@ -72,10 +72,10 @@ def _file_path(path: Path) -> Path:
 
 
 def parse_size(text: str) -> ImageSize:
-    """ "518" -> 518; "294x518" -> (294, 518).
+    """Parse an image size: "518" -> 518, "294x518" -> (294, 518).
 
     Raises:
-        ConfigError: neither a square's side nor HEIGHTxWIDTH, in pixels.
+        ConfigError: The text is neither the side of a square nor HEIGHTxWIDTH in pixels.
     """
     sides = [whole_number(side, f"A side of --img-size {text:.40}", 1, MOST_SIDE) for side in text.split("x", 1)]
     return size_of(sides[0], sides[-1])
@@ -88,43 +88,44 @@ result_option = click.option(
     "--output",
     type=PATH,
     callback=read_by(_file_path),
-    help="Also write the result, raw samples included, to this JSON file.",
+    help="Also write the result, including raw samples, to this JSON file.",
 )
 
 
 def execution_options(command: Command) -> Command:
-    """How a bundle is run: backend, precision, provider and kernels, each an argument of the command."""
+    """Add the options of `Execution`: backend, compute precision, provider and kernels."""
     for option in reversed(
         (
             click.option(
                 "--backend",
                 default="auto",
                 show_default=True,
-                help="onnxruntime, openvino, tensorrt or tensorrt-rtx; auto: what BUNDLE is intended for, else "
-                "the first that runs here: an engine in it, onnxruntime, openvino.",
+                help="Runtime: onnxruntime, openvino, tensorrt or tensorrt-rtx. auto: the backend that the "
+                "bundle was optimized for, else the first that works here (an engine in the bundle, "
+                "onnxruntime, openvino).",
             ),
             click.option(
-                "--precision",
-                type=click.Choice(PRECISIONS),
+                "--compute-precision",
+                type=click.Choice(COMPUTE_PRECISIONS),
                 default="auto",
                 show_default=True,
-                help="What all that is not int8 in the file is computed in; auto: intended with it, else as "
-                "it is stored.",
+                help="Arithmetic of everything that is not int8. auto: the precision that the bundle was "
+                "optimized for, else the weight precision.",
             ),
             click.option(
                 "--provider",
                 type=click.Choice(PROVIDERS),
                 default="cpu",
                 show_default=True,
-                help="Of onnxruntime: what it runs on.",
+                help="Execution provider of onnxruntime.",
             ),
             click.option(
                 "--kernels",
                 type=click.Choice(KERNEL_CHOICES),
                 default="auto",
                 show_default=True,
-                help="Operators of sparse attention: auto, the native library where it can be loaded; native, "
-                "only it; portable, function bodies.",
+                help="Implementation of the custom operators. auto: the native library if it loads; native: "
+                "only the native library; portable: ONNX function bodies.",
             ),
         )
     ):
@@ -133,13 +134,13 @@ def execution_options(command: Command) -> Command:
 
 
 def img_size_option(command: Command) -> Command:
-    """`--img-size`, or `--like` that finds one, as the one argument `img_size`."""
+    """Add `--img-size` and `--like`, which both set the argument `img_size`."""
 
     @functools.wraps(command)
     def with_size(*, img_size: ImageSize | None, like: str | None, **options: Any) -> Any:
         if like is not None:
             if img_size is not None:
-                raise click.UsageError("Give --img-size or --like.")
+                raise click.UsageError("--img-size and --like cannot be combined. Give one of them.")
             img_size = _size_like(options.get("model") or options["source"], like, options.get("trust", ()))
         return command(img_size=img_size, **options)
 
@@ -147,13 +148,14 @@ def img_size_option(command: Command) -> Command:
         click.option(
             "--like",
             metavar="VIDEO|IMAGE",
-            help="In place of --img-size: the shape of its frames, about as many patches as the model has by itself.",
+            help="Choose --img-size from the aspect ratio of this video or image, with about as many "
+            "patches as the model has by default.",
         ),
         click.option(
             "--img-size",
             callback=read_by(parse_size),
             metavar="SIDE|HEIGHTxWIDTH",
-            help="Pixels: a square's side, or height and width; by default the model's own.",
+            help="Image size in pixels: the side of a square, or HEIGHTxWIDTH.  [default: the model's own]",
         ),
     ):
         with_size = option(with_size)
@@ -161,7 +163,7 @@ def img_size_option(command: Command) -> Command:
 
 
 def _size_like(source: str, like: str, trust: Sequence[str]) -> ImageSize:
-    """As said on standard error."""
+    """Choose an image size from the frames of a video or image, and report it on standard error."""
     import sparsifiner_edge as se
     from sparsifiner_edge.camera.capture import frame_size
     from sparsifiner_edge.camera.sources import parse_source
@@ -174,7 +176,7 @@ def _size_like(source: str, like: str, trust: Sequence[str]) -> ImageSize:
 
 
 def _labels(path: Path | None) -> list[str]:
-    """A name from each line; of what is no UTF-8, such as no name may have."""
+    """Read one class name per line. Invalid UTF-8 is kept as surrogates, which later checks refuse."""
     text = b"" if path is None else read_bytes(path, MAX_JSON)
     return text.decode("utf-8", "surrogateescape").removeprefix("\ufeff").splitlines()
 
@@ -184,56 +186,65 @@ labels_option = click.option(
     type=PATH,
     callback=lambda _context, _option, path: _labels(path),
     metavar="FILE",
-    help="Names of the classes, one a line; by default those that the model has.",
+    help="File with one class name per line.  [default: the model's own names]",
 )
 fit_option = click.option(
     "--fit",
     type=click.Choice(FITS),
-    help="How an image gets the model's shape: crop, its centre; letterbox, all of it between bars; stretch, all of it "
-    "distorted. By default as the bundle says, else crop.",
+    help="Way to fit an image to the model's input. crop: the centre; letterbox: the full image "
+    "between bars; stretch: the full image, distorted.  [default: the bundle's setting, else "
+    "crop]",
 )
 region_option = click.option(
     "--region",
     callback=read_by(parse_region),
     metavar="X,Y,WIDTH,HEIGHT",
-    help="Read this part of an image alone, in its pixels; X and Y from the upper left corner.",
+    help="Read only this part of the image, in pixels from the upper left corner.",
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads; by default the cores this process may use."
+    "--threads",
+    type=click.IntRange(1, MOST_THREADS),
+    help="Number of threads.  [default: the cores that this process may use]",
 )
 weights_option = click.option(
-    "--weights", type=PATH, help="For timm's names: weights (.safetensors or .pth); without it, timm downloads them."
+    "--weights",
+    type=PATH,
+    help="Weights file for a timm model (.safetensors or .pth). Without it, timm downloads the weights.",
 )
 keep_option = click.option(
     "--keep",
     callback=read_by(parse_keep),
     metavar="SHARE|SHARE,...",
-    help="Share of keys that each tile reads, 1 is dense; or shares of the layers from the first, such as .1,.1,.25,1: "
-    "the last goes on. By default the student's own; of a new one 0.25, with --merge what suits the size.",
+    help="Share of the keys that each query tile reads (1: dense attention), or one share per "
+    "layer from the first, such as .1,.1,.25,1; the last share applies to all remaining "
+    "layers.  [default: the sparse model's own; for a new one 0.25, with --merge a value that"
+    " suits the size]",
 )
 merge_option = click.option(
     "--merge",
     callback=read_by(parse_merge),
     metavar="N|FIRST..LAST",
-    help="Tokens that each layer merges with their like: one rate, FIRST..LAST layer's, or a list; by default the "
-    "student's own, of a new one none.",
+    help="Tokens that each layer merges: one number, FIRST..LAST (linear from the first to the "
+    "last layer), or a list with one number per layer.  [default: the sparse model's own; for"
+    " a new one none]",
 )
 token_keep_option = click.option(
     "--token-keep",
     callback=read_by(parse_token_keep),
     metavar="LAYER:SHARE,...",
-    help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.',
+    help='Layers that prune tokens and the share that they keep, such as 3:.7,6:.7,9:.7; "" prunes'
+    " nothing.  [default: the sparse model's own]",
 )
 trust_option = click.option(
     "--trust",
     multiple=True,
     metavar="MODULE",
-    help="A student of a factory of your own: the module whose code may run; repeatable.",
+    help="Module whose code may run, for a sparse model that was made from your own factory. Repeatable.",
 )
 
 
 def normalise_options(command: Command) -> Command:
-    """`--mean`, `--std` and `--no-normalise` as the one argument `normalise`; see `images.Normalise`."""
+    """Add `--mean`, `--std` and `--no-normalise`, which set the argument `normalise` (see `images.Normalise`)."""
 
     @functools.wraps(command)
     def with_normalise(*, mean: str | None, std: str | None, no_normalise: bool, **options: Any) -> Any:
@@ -243,12 +254,15 @@ def normalise_options(command: Command) -> Command:
         return command(normalise=False if no_normalise else statistics, **options)
 
     for option in (
-        click.option("--no-normalise", is_flag=True, help="The model normalises inside, of pixels from 0 to 1."),
-        click.option("--std", metavar="R,G,B", help="Their standard deviation, likewise."),
+        click.option(
+            "--no-normalise", is_flag=True, help="The model normalises its input itself and expects pixels from 0 to 1."
+        ),
+        click.option("--std", metavar="R,G,B", help="Standard deviation per channel, for pixels from 0 to 1."),
         click.option(
             "--mean",
             metavar="R,G,B",
-            help="Mean of pixels / 255 that the model expects; by default what it declares or its library records.",
+            help="Mean per channel that the model expects, for pixels from 0 to 1.  [default: what the "
+            "model or its library declares]",
         ),
     ):
         with_normalise = option(with_normalise)
@@ -256,7 +270,7 @@ def normalise_options(command: Command) -> Command:
 
 
 def group(arguments: Mapping[str, Any], /, **kinds: type) -> dict[str, Any]:
-    """A command's options as its function takes them: the fields of each type as one value, the others as they are.
+    """Group a command's options by type: the fields of each type become one value, all others stay.
 
     Example:
         >>> from sparsifiner_edge import Budget
@@ -272,10 +286,10 @@ def group(arguments: Mapping[str, Any], /, **kinds: type) -> dict[str, Any]:
 
 
 class _ProgressText:
-    """A `Progress` that says in words where the work is: share, time so far, time left, each where it is known.
+    """Progress callback that renders as text: stage, share done, time so far and time left.
 
-    What is left takes as long as it does at the pace since the total last changed. A total that grows, or that was
-    reached while the work goes on, foretells nothing, and nothing is said then.
+    The time left is extrapolated from the pace since the total last changed. Nothing is predicted while the total grows
+    or after it was reached.
     """
 
     def __init__(self, stage: str) -> None:
@@ -305,12 +319,15 @@ class _ProgressText:
 
 @contextlib.contextmanager
 def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
-    """Progress on standard error: a bar where that is a terminal, else a line every `EVERY_S`; gives what moves it."""
-    text, over = _ProgressText(stage), threading.Event()
+    """Show progress on standard error, and yield the callback that updates it.
 
-    def tell() -> None:
-        with contextlib.suppress(OSError, ValueError):  # Who read it has gone.
-            while not over.wait(EVERY_S):
+    A terminal gets a bar, anything else a line every `EVERY_S` seconds.
+    """
+    text, finished = _ProgressText(stage), threading.Event()
+
+    def print_progress() -> None:
+        with contextlib.suppress(OSError, ValueError):  # The reader of standard error went away.
+            while not finished.wait(EVERY_S):
                 click.echo(str(text), err=True)
 
     if not visible:
@@ -319,36 +336,36 @@ def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
         with Live(text, console=err_console, transient=True):
             yield text
     else:
-        threading.Thread(target=tell, name="progress", daemon=True).start()
+        threading.Thread(target=print_progress, name="progress", daemon=True).start()
         try:
             yield text
         finally:
-            over.set()
+            finished.set()
 
 
 def print_json(content: Any) -> None:
-    """One JSON document on standard output; null where a figure is NaN or infinite."""
+    """Print one JSON document on standard output, with null for NaN and infinity."""
     click.echo(dump_json(finite(content)[0]), nl=False)
 
 
 def normalisation_text(normalisation: Normalisation | None) -> str:
-    """What the file does to pixels."""
+    """Describe the pixel normalisation that is part of the file."""
     from sparsifiner_edge.images import AS_IS
 
-    none = "no normalisation: the module does it itself, of pixels from 0 to 1"
-    return none if normalisation == AS_IS else f"folded in: {normalisation or 'unknown'}"
+    none = "no normalisation: the module normalises pixels from 0 to 1 itself"
+    return none if normalisation == AS_IS else f"normalisation in the file: {normalisation or 'unknown'}"
 
 
 Shown = TypeVar("Shown")
 
 
 def print_result(result: Shown, as_json: bool, show: Callable[[Shown], None], output: Path | None = None) -> None:
-    """A record as one JSON document, or as `show` prints it for people; a `Result` also into the file `output`."""
+    """Print a record as JSON or with `show`, and write a `Result` to the file `output`."""
     if as_json:
         print_json(write_record(result))
     else:
         show(result)
-    if output is not None:  # Last: a full disk should not cost the reader the figures.
+    if output is not None:  # Last, so that a full disk does not hide the figures.
         from sparsifiner_edge.results import Result, write_result
 
         assert isinstance(result, Result)
@@ -356,7 +373,7 @@ def print_result(result: Shown, as_json: bool, show: Callable[[Shown], None], ou
 
 
 def print_page(result: Result) -> None:
-    """What the report's page says of a result of one kind, as tables and lines; of two subjects the verdict last."""
+    """Print the tables and lines that the HTML report shows for a result, with the verdict last."""
     from sparsifiner_edge.report import blocks
     from sparsifiner_edge.report.page import page_of
 
@@ -372,7 +389,7 @@ def print_page(result: Result) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on standard output: first column left, the others right; names in brackets are no markup."""
+    """Print a table on standard output: first column left-aligned, all others right-aligned."""
     table = Table(title=Text(printable(title), style="bold"), title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=number == 0)

@@ -21,28 +21,43 @@ if TYPE_CHECKING:
 @click.argument("student", type=common.PATH)
 @click.option("--data", type=common.PATH, required=True, help="Folder of images; labels are not needed.")
 @click.option(
-    "--teacher", metavar="MODEL", help="See sparsify; by default the student's own weights, if never trained."
+    "--teacher",
+    metavar="MODEL",
+    help="Dense teacher model.  [default: the student's own weights, if it was never trained]",
 )
 @common.weights_option
-@click.option("--labels", is_flag=True, help="Also learn from labels: each class has a folder in --data.")
+@click.option("--labels", is_flag=True, help="Also learn from labels: --data has one subfolder per class.")
 @click.option(
     "--held-out",
     type=common.PATH,
-    help="Validation images for choosing the checkpoint; by default some of --data.",
-)
-@click.option("--recipe", default="cpu", show_default=True, help="cpu, imagenet-deit-s, or a TOML file.")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a recipe value, such as distil.steps=500."
+    help="Validation images that choose the checkpoint.  [default: some of --data]",
 )
 @click.option(
-    "--budgets", type=common.PATH, metavar="FRONT.json", help="Train for the points that a search found; see search."
+    "--recipe", default="cpu", show_default=True, help="Training recipe: cpu, imagenet-deit-s, or a TOML file."
 )
-@click.option("--resume", is_flag=True, help="Go on where the last checkpoint of this output stands.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Override a value of the recipe, such as distil.steps=500. Repeatable.",
+)
+@click.option(
+    "--budgets",
+    type=common.PATH,
+    metavar="FRONT.json",
+    help="Train for the plans on the Pareto front in this front.json, which `optimize` writes.",
+)
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")
 @common.trust_option
 @common.json_option
 @common.output_option("Student folder to write.")
 def command(*, student: Path, data: Path, output: Path, as_json: bool, **options: Any) -> None:
-    """Train STUDENT towards its dense teacher; the best on held-out images is written, the start included."""
+    """Train STUDENT towards its dense teacher and write the best checkpoint.
+
+    The best checkpoint is the one with the highest score on held-out images. If none beats the untrained model, the
+    untrained model is written.
+    """
     import sparsifiner_edge as se
 
     groups = common.group(options, model=se.ModelOptions, options=se.TrainingOptions)
@@ -54,7 +69,7 @@ def command(*, student: Path, data: Path, output: Path, as_json: bool, **options
 
 
 def _print(summary: TrainingSummary, output: Path) -> None:
-    """What was kept, and what could not be read."""
+    """Print what was trained and which images could not be read."""
     if summary.best is not None:
         what = "top-1" if summary.metric.startswith("top-1") else "cosine to the teacher"
         click.echo(
@@ -70,7 +85,7 @@ def _print(summary: TrainingSummary, output: Path) -> None:
 
 
 def _budget(row: BudgetFidelity) -> str:
-    """Such as "keep 0.1, tokens 3:0.7,6:0.7" or "keep 0.1, merge 20..0"."""
+    """Format a budget, such as "keep 0.1, tokens 3:0.7,6:0.7" or "keep 0.1, merge 20..0"."""
     places = ",".join(f"{layer}:{share:g}" for layer, share in row.token_keep)
     merge = f"merge {merge_text(row.merge)}" if row.merge else ""
     return ", ".join(filter(None, [f"keep {keep_text(row.keep)}", f"tokens {places}" if places else "", merge]))

@@ -14,7 +14,7 @@ from sparsifiner_edge.records import Unavailable
 @click.command()
 @common.json_option
 def command(as_json: bool) -> None:
-    """Say what is installed, what works, and what to do about the rest."""
+    """Check what is installed and what works here, and how to fix the rest."""
     findings = doctor.examine()
     if as_json:
         common.print_json(msgspec.to_builtins(findings))
@@ -43,7 +43,7 @@ def _parts(findings: doctor.Findings) -> list[list[str]]:
     jetson = f"Jetson Linux {support.jetson}; " if support.jetson else ""
     states = {**findings.backends, "triton": findings.triton}
     return [
-        *([name, _yes(one.available), _text(one.version), one.reason] for name, one in states.items()),
+        *([name, _yes(state.available), _text(state.version), state.reason] for name, state in states.items()),
         ["CUDA driver", "", _text(support.driver), jetson + support.install],
         ["CUDA device", _yes(not isinstance(device, Unavailable)), "", named],
         ["decoding confined", _yes(not missing), "", "; ".join(missing)],

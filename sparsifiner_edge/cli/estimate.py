@@ -16,21 +16,34 @@ from sparsifiner_edge.cli import common
     "--board",
     "board",
     metavar="NAME|FILE.toml",
-    help="A board of this package (see --list), or your own (docs/boards.md).",
+    help="Name of a board (see --list) or a TOML file of your own (docs/jetson.md).",
 )
-@click.option("--against", type=common.PATH, help="Another bundle: which is faster there, and by how much.")
-@click.option("--jetpack", metavar="6|7|VERSION", help="Of a Jetson; by default the board's newest.")
 @click.option(
-    "--precision", help="fp32, tf32, fp16 or int8; by default int8 where the file stores it, else fp16 on a GPU."
+    "--against", type=common.PATH, help="Bundle to compare with: report which is faster on the board, and by how much."
 )
-@click.option("--power-mode", metavar="NAME|ID", help="As nvpmodel names or numbers it; by default full clocks.")
-@click.option("--list", "listed", is_flag=True, help="List the boards, and nothing else.")
+@click.option(
+    "--jetpack", metavar="6|7|VERSION", help="JetPack version of a Jetson.  [default: the newest for the board]"
+)
+@click.option(
+    "--compute-precision",
+    help="Arithmetic of the linear layers: fp32, tf32, fp16 or int8.  [default: int8 for an int8 "
+    "file, else fp16 on a GPU]",
+)
+@click.option(
+    "--power-mode",
+    metavar="NAME|ID",
+    help="Power mode of the board, as nvpmodel names or numbers it.  [default: full clocks]",
+)
+@click.option("--list", "listed", is_flag=True, help="List the boards and exit.")
 @common.json_option
 @common.result_option
 def command(
     *, bundle: Path | None, board: str | None, listed: bool, as_json: bool, output: Path | None, **options: Any
 ) -> None:
-    """Estimate latency and memory of BUNDLE on a board you do not have. Nothing is measured."""
+    """Estimate latency and memory of BUNDLE on a board that you do not have.
+
+    The estimate comes from a model of the board. Nothing is measured.
+    """
     from sparsifiner_edge.profiles.estimate import estimate_bundle
 
     if listed:

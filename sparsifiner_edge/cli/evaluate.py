@@ -21,47 +21,61 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("subject", metavar="STUDENT|BUNDLE")
-@click.option("--against", metavar="MODEL|BUNDLE", help="The dense teacher; for a student by default its own weights.")
+@click.option(
+    "--against", metavar="MODEL|BUNDLE", help="Dense model to compare with.  [default: the sparse model's own weights]"
+)
 @common.weights_option
-@click.option("--data", type=common.PATH, help="An image or a folder; labelled: one folder per class.")
-@click.option("--video", metavar="FILE|FOLDER", help="Instead: a camera's frames, which a bundle's stream follows.")
+@click.option(
+    "--data", type=common.PATH, help="Image or folder of images; for labelled metrics one subfolder per class."
+)
+@click.option("--video", metavar="FILE|FOLDER", help="Evaluate a bundle's stream on these frames instead of --data.")
 @click.option(
     "--metric",
     type=click.Choice(["cosine", "knn", "linear", "top1", "task"]),
     default="cosine",
     show_default=True,
-    help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the "
-    "classifier; or a task's own (see --task).",
+    help="cosine: cosine of the features. knn, linear, top1: accuracy of nearest neighbours, of a "
+    "linear probe, of the classifier. task: the metric that --task names.",
 )
-@click.option("--gallery", type=common.PATH, help="For knn and linear: labelled images to learn from.")
+@click.option("--gallery", type=common.PATH, help="Folder of labelled images to learn from, for knn and linear.")
 @click.option(
-    "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most this many images of --data, evenly taken."
+    "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most this many images of --data, evenly spaced."
 )
 @click.option(
     "--task",
     metavar="maps|NAME|package.module:class",
-    help="For task: dense maps against the teacher's, or a metric of your own.  [default: maps]",
+    help="Metric of --metric task: maps (dense maps compared with the dense model's) or your own.  [default: maps]",
 )
-@click.option("--map", "map_name", metavar="NAME", help="For maps: the output that is one, where there are several.")
-@click.option("--masks", type=common.PATH, help="For maps: a folder of true masks, named as the images.")
-@click.option("--corruptions", metavar="all|NAME,..", help="Judge while images get worse, by these (docs/trust.md).")
-@click.option("--severity", type=click.IntRange(1, 5), help="Of corruptions.  [default: 3]")
+@click.option("--map", "map_name", metavar="NAME", help="Name of the output to compare, if the model has several maps.")
+@click.option("--masks", type=common.PATH, help="Folder of true masks with the names of the images, for maps.")
 @click.option(
-    "--workers", type=click.IntRange(0, MOST_WORKERS), help="Processes that read images; by default as many as cores."
+    "--corruptions",
+    metavar="all|NAME,..",
+    help="Also evaluate on corrupted images: all, or a list of names (docs/measure.md).",
 )
-@click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
+@click.option("--severity", type=click.IntRange(1, 5), help="Severity of the corruptions.  [default: 3]")
+@click.option(
+    "--workers",
+    type=click.IntRange(0, MOST_WORKERS),
+    help="Number of processes that read images.  [default: one per core]",
+)
+@click.option(
+    "--head",
+    type=common.PATH,
+    help="Write the sparse model, with the linear probe as its classifier, to this folder (for linear).",
+)
 @click.option(
     "--at-least",
     type=common.FiniteRange(0, 1, min_open=True, max_open=True),
-    help="Of a stream: fidelity of frames to the dense model.  [default: 0.98]",
+    help="Target fidelity of the stream: estimated mean cosine to the dense model.  [default: 0.98]",
 )
 @click.option(
     "--share",
     type=common.FiniteRange(0, 1, min_open=True),
-    help="Of a stream: share of the patches that every frame computes instead.",
+    help="Recompute a fixed share of the patches in every frame (replaces --at-least).",
 )
-@click.option("--every", type=click.IntRange(1, MOST_COUNT), help="Of a stream: compare one of so many frames.")
-@click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Of a stream: stop after so many.")
+@click.option("--every", type=click.IntRange(1, MOST_COUNT), help="Compare one of this many frames of the video.")
+@click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after this many frames of the video.")
 @common.fit_option
 @common.region_option
 @common.keep_option
@@ -75,7 +89,10 @@ if TYPE_CHECKING:
 def command(
     *, subject: str, data: Path | None, video: str | None, as_json: bool, output: Path | None, **options: Any
 ) -> None:
-    """Compare SUBJECT with its dense teacher, image by image; or a bundle's stream with the dense model, by frames."""
+    """Measure how faithful a sparse model or bundle is to its dense model.
+
+    --data compares them image by image. --video compares a bundle's stream with the dense model frame by frame.
+    """
     import sparsifiner_edge as se
 
     of_streams = {name: options.pop(name) for name in ("at_least", "share", "every", "frames")}
@@ -83,10 +100,10 @@ def command(
         _video(subject, video, of_streams, options, as_json, output)
         return
     if data is None or video is not None:
-        raise ConfigError("What is to be compared?", "Give --data IMAGES, or --video FILE.")
+        raise ConfigError("Exactly one of --data and --video is required.", "Give --data IMAGES, or --video FILE.")
     for name, value in of_streams.items():
         if value is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} is for streams.", "Leave it out, or give --video.")
+            raise ConfigError(f"--{name.replace('_', '-')} requires --video.", "Leave it out, or give --video.")
     groups = {"model": se.ModelOptions, "budget": se.Budget, "execution": se.Execution, "options": se.EvaluationOptions}
     with common.progress_bar("images") as progress:
         result = se.evaluate_student(subject, data, progress=progress, **common.group(options, **groups))
@@ -96,25 +113,28 @@ def command(
 def _video(
     subject: str, video: str, of_streams: dict[str, Any], options: dict[str, Any], as_json: bool, output: Path | None
 ) -> None:
-    """Refuse options that say nothing of a stream, and follow the video."""
+    """Refuse options that do not apply to a stream, and evaluate the video."""
     import sparsifiner_edge as se
 
-    context, used = click.get_current_context(), {"backend", "precision", "provider", "kernels", "fit", "region"}
+    context, used = (
+        click.get_current_context(),
+        {"backend", "compute_precision", "provider", "kernels", "fit", "region"},
+    )
     others = {"subject", "video", "as_json", "output", *of_streams, *used}
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) not in (None, ParameterSource.DEFAULT)
         if given and parameter.name not in others:
-            raise ConfigError(f"{parameter.opts[-1]} says nothing of a stream.", "Leave it out, or --video.")
-    known = common.group({name: options[name] for name in used & options.keys()}, execution=se.Execution)
+            raise ConfigError(f"{parameter.opts[-1]} cannot be combined with --video.", "Leave it out, or --video.")
+    settings = common.group({name: options[name] for name in used & options.keys()}, execution=se.Execution)
     every = of_streams.pop("every") or 1
     with common.progress_bar("frames") as progress:
-        followed = se.RunOptions(**of_streams, **known)
-        result = se.evaluate_video(subject, video, followed, every=every, progress=progress)
+        stream_options = se.RunOptions(**of_streams, **settings)
+        result = se.evaluate_video(subject, video, stream_options, every=every, progress=progress)
     common.print_result(result, as_json, _print_stream, output)
 
 
 def _print_stream(result: StreamResult) -> None:
-    """A row for each way to answer frames."""
+    """Print one row per way to answer the frames."""
     method, heads = result.method, ("patches", "moving", "patches_least", "reached", "share", "ms", "ms_p99")
     names = [name for name in result.statistics["stream"] if name.endswith(("_iou", "features"))]
     rows = [
@@ -133,15 +153,17 @@ def _print_stream(result: StreamResult) -> None:
     figures = result.statistics["stream"]
     compared = int(figures.get("patches_frames", 0))
     if compared < len(result.samples["stream"]["ms"]):
-        click.echo(f"Patches are of {compared} frames; the model, which gives no tokens, answered the others.")
+        click.echo(
+            f"Patches are compared on {compared} frames; the full model, which outputs no tokens, answered the others."
+        )
     if "first_quarter" in figures:
         click.echo(f"First quarter of the frames {figures['first_quarter']:.4f}, last {figures['last_quarter']:.4f}.")
-    click.echo(f"Cosine to the dense model's of the same frame, {printable(method.preprocessing)}.")
+    click.echo(f"Cosine to the dense model's output on the same frame, {printable(method.preprocessing)}.")
     click.echo(f"Ran on {_ran(method.runtime)}")
 
 
 def _print(result: ScoresResult | RobustnessResult) -> None:
-    """The figures; then what was compared, and what ran each."""
+    """Print the figures, what was compared, and what ran each model."""
     from sparsifiner_edge.outcomes import ScoresResult
 
     if isinstance(result, ScoresResult):
@@ -149,7 +171,7 @@ def _print(result: ScoresResult | RobustnessResult) -> None:
     else:
         _print_robustness(result)
     method = result.method
-    click.echo(f"Held against: {method.truth}. Images: {printable(method.preprocessing)}.")
+    click.echo(f"Compared with: {method.truth}. Images: {printable(method.preprocessing)}.")
     if method.gallery is not None:
         click.echo(f"Learnt from {printable(method.gallery)}.")
     for subject in result.subjects:
@@ -163,13 +185,13 @@ def _ran(runtime: Runtime) -> str:
 
 
 def _between(quantity: Quantity, form: str = ".4f") -> str:
-    """An interval in words."""
+    """Format an interval as text."""
     known = isinstance(quantity.low, float) and isinstance(quantity.high, float)
     return f"{quantity.low:{form}} to {quantity.high:{form}}" if known else "too few images"
 
 
 def _print_scores(result: ScoresResult) -> None:
-    """One row per figure."""
+    """Print one row per figure."""
     method = result.method
     rows = [
         [
@@ -188,26 +210,26 @@ def _print_scores(result: ScoresResult) -> None:
 
 
 def _print_robustness(result: RobustnessResult) -> None:
-    """By score one row per corruption, and one for all: what each model loses, of 100."""
+    """Print one row per corruption and score: the drop of each model, in points of 100."""
     method = result.method
     for score, by_condition in result.statistics.items():
         rows = []
         for name in ("clean", *method.corruptions, "all"):
             row = by_condition[name]
-            extra = row.extra_lost.times(100)
+            extra = row.extra_drop.times(100)
             rows.append(
                 [
                     name,
                     f"{100 * row.teacher:.2f}",
                     f"{100 * row.subject:.2f}",
-                    f"{100 * row.teacher_lost.value:.2f}",
-                    f"{100 * row.subject_lost.value:.2f}",
+                    f"{100 * row.teacher_drop.value:.2f}",
+                    f"{100 * row.subject_drop.value:.2f}",
                     f"{extra.value:+.2f}",
                     _between(extra, "+.2f"),
                 ]
             )
         common.print_table(
             f"{score} of 100, {by_condition['all'].images} images, severity {method.severity}",
-            ["", "dense", "sparse", "dense loses", "sparse loses", "extra loss", "95 % interval"],
+            ["", "dense", "sparse", "dense drop", "sparse drop", "extra drop", "95 % interval"],
             rows,
         )

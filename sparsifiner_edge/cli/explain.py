@@ -18,30 +18,33 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("student", type=common.PATH)
-@click.option("--data", type=common.PATH, required=True, help="An image or a folder.")
+@click.option("--data", type=common.PATH, required=True, help="Image or folder of images.")
 @click.option(
     "--images",
     "most",
     type=click.IntRange(1, MOST_COUNT),
     default=4,
     show_default=True,
-    help="Images at most, evenly taken.",
+    help="Maximum number of images, evenly spaced.",
 )
 @click.option(
-    "--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True, help="Of the page."
+    "--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True, help="Language of the page."
 )
 @common.trust_option
 @common.json_option
-@common.output_option("Page to write.")
+@common.output_option("HTML page to write.")
 def command(
     *, student: Path, data: Path, most: int, language: str, trust: tuple[str, ...], as_json: bool, output: Path
 ) -> None:
-    """Show what STUDENT read and merged on images, what its features hang on, and whether it is so."""
+    """Show which tokens STUDENT read and merged, and which patches its features depend on.
+
+    The page also reports how reliable the explanation is.
+    """
     import sparsifiner_edge
     from sparsifiner_edge.report.explain_page import write_explanation
     from sparsifiner_edge.report.texts import templates
 
-    templates()  # Before minutes of work that no page could show.
+    templates()  # Fail before minutes of work if no page can be written.
     require_file_path(output)
     with common.progress_bar("images") as progress:
         result, explained = sparsifiner_edge.explain_student(student, data, most=most, trust=trust, progress=progress)
@@ -52,9 +55,9 @@ def command(
 def _print(result: ExplainResult, output: Path) -> None:
     images = result.statistics.values()
     rows = [[printable(image.image), *(f"{figure:.3f}" for figure in image.saco.values())] for image in images]
-    head = ["image", "this explanation", "any order", "itself, elsewhere"]
-    common.print_table("SaCo of what the features hang on", head, rows)
+    head = ["image", "this explanation", "random order", "shifted"]
+    common.print_table("SaCo of the attribution", head, rows)
     for image in images:
         if not image.better:
             click.echo(f"{printable(image.image)}: this explanation is no better than chance.")
-    click.echo(f"{output}: what was read and merged, layer by layer, and what the features hang on.")
+    click.echo(f"{output}: the tokens that each layer read and merged, and the attribution of the features.")

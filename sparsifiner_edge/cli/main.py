@@ -1,4 +1,4 @@
-"""Entry point: finds a command's file only when it is called, and turns errors into messages and exit codes."""
+"""Entry point: import a command when it is called, and turn errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ from sparsifiner_edge.errors import SlowKernelsWarning, SparsifinerError
 from sparsifiner_edge.text import printable
 
 COMMANDS = {
-    "sparsify": "Make a pretrained vision transformer sparse: MODEL -> STUDENT/.",
-    "distill": "Train a student towards its dense teacher on a folder of images.",
-    "evaluate": "Compare a student or bundle with its dense teacher.",
-    "explain": "Show what a student read and merged on images, and whether that explains it.",
-    "optimize": "Find the fastest sparse model at a fidelity you name, on this machine.",
-    "export": "Export a student, or a dense model, to a bundle (ONNX and manifest).",
-    "build": "Build engines for a bundle: TensorRT, TensorRT-RTX; ahead of time for other GPUs.",
-    "profile": "Measure latency, throughput and memory of a bundle.",
-    "estimate": "Estimate latency and memory of a bundle on a board you do not have.",
-    "report": "One page from result files: verdict, figures, method.",
-    "run": "Run a bundle on images, a video or a camera; one JSON line per image or frame.",
-    "package": "Write a bundle for DeepStream, Triton server or GStreamer, with the commands.",
-    "bundle": "Verify a bundle; sign it, so that what nobody signed can be refused.",
-    "doctor": "Say what is installed, what works, and what to do about the rest.",
+    "sparsify": "Make a pretrained vision transformer sparse, without training.",
+    "distill": "Train a sparse model towards its dense teacher.",
+    "evaluate": "Compare a sparse model or a bundle with the dense model.",
+    "explain": "Show which tokens a sparse model read and merged.",
+    "optimize": "Find the fastest sparse model that keeps a given fidelity.",
+    "export": "Export a sparse or dense model to a bundle (ONNX and manifest).",
+    "build": "Build TensorRT or TensorRT-RTX engines for a bundle.",
+    "profile": "Measure latency, throughput, memory and energy of a bundle.",
+    "estimate": "Estimate latency and memory on a board that you do not have.",
+    "report": "Write one HTML page from result files.",
+    "run": "Run a bundle on images, a video or a camera.",
+    "package": "Package a bundle for DeepStream, Triton Inference Server or GStreamer.",
+    "bundle": "Verify or sign a bundle, or create a key pair.",
+    "doctor": "Check what is installed and what works here.",
 }
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end the process after temporary folders are removed."""
 CLOSED_PIPE = 141
-"""Exit code when the reader of standard output went away, as a shell would report it."""
+"""Exit code if the reader of standard output went away, as shells report it."""
 
 
 class _LazyGroup(click.Group):
-    """A group whose commands live in `sparsifiner_edge.cli.<name>`, imported when called."""
+    """Command group that imports `sparsifiner_edge.cli.<name>` when the command is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Names, in the order of the work."""
+        """Return the command names in the order of the workflow."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """Import the command's file."""
+        """Import the module of a command."""
         if cmd_name not in COMMANDS:
             return None
         command = importlib.import_module(f"sparsifiner_edge.cli.{cmd_name}").command
@@ -58,7 +59,7 @@ class _LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a reader such as `head` that went away ends it quietly."""
+        """Run the command. End quietly if the reader of standard output (such as `head`) went away."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
@@ -73,42 +74,47 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="sparsifiner-edge")
 def cli() -> None:
-    """Sparse attention for vision transformers at the edge: sparsify, export, measure, run."""
+    """Make vision transformers faster at the edge: sparsify, export, measure, run."""
 
 
 class _Interrupted(BaseException):
-    """A signal asks to leave. No KeyboardInterrupt: Python remembers one that passed `exec`, and kills itself later."""
+    """Raised when a signal asks the process to end.
+
+    It is not a KeyboardInterrupt: Python remembers one that passed through `exec` and kills the process later.
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
-    0 done, 1 a gate failed, 2 wrong usage or unusable input, 128 + n ended by signal n (130: Ctrl-C).
+    Exit codes: 0 done, 1 a gate failed, 2 wrong usage or unusable input, 128 + n ended by signal n (130: Ctrl-C).
     """
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # Libraries' warnings are for developers; `python -W default` shows them.
+        warnings.simplefilter("ignore")  # Warnings of libraries are for developers; `python -W default` shows them.
         warnings.simplefilter("default", SlowKernelsWarning)
         warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message, 1000)}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # Names of files may hold what a terminal cannot show.
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # File names may contain characters that a terminal cannot show.
     received = _unwind_on_signals()
     try:
         try:
             code = cli.main(args=arguments, prog_name="sparsifiner-edge", standalone_mode=False)
         finally:
-            for number in _SIGNALS:  # All is done or cleaned up; Python's own exit should not be torn.
+            for number in _SIGNALS:  # Everything is done or cleaned up: do not interrupt Python's exit.
                 signal.signal(number, signal.SIG_IGN)
     except BaseException as error:
-        # First, because libraries turn what a signal raises into errors of their own.
+        # First, because libraries convert the exception of a signal into their own errors.
         code = _report_interrupt(received[0]) if received else _report_error(error)
     sys.exit(_flush(code if isinstance(code, int) else 0))
 
 
 def _unwind_on_signals() -> list[int]:
-    """Let Ctrl-C, termination and a closed terminal unwind the stack, so that temporary folders vanish.
+    """Make Ctrl-C, termination and a closed terminal unwind the stack, so that temporary folders are removed.
 
     Returns:
-        A list that takes the numbers of the signals received.
+        A list that receives the numbers of the signals.
     """
     received: list[int] = []
     show = sys.unraisablehook
@@ -120,22 +126,22 @@ def _unwind_on_signals() -> list[int]:
         received.append(number)
         raise _Interrupted
 
-    def once_more(lost: sys.UnraisableHookArgs) -> None:
-        """Python drops what is raised in some callbacks, those of its imports among them: send it again, soon."""
-        if received and isinstance(lost.exc_value, _Interrupted):
+    def once_more(dropped: sys.UnraisableHookArgs) -> None:
+        """Send the signal again if Python dropped the exception in a callback, as it does during imports."""
+        if received and isinstance(dropped.exc_value, _Interrupted):
             threading.Timer(0.05, os.kill, (os.getpid(), received[-1])).start()
         else:
-            show(lost)
+            show(dropped)
 
     sys.unraisablehook = once_more
     for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # As nohup leaves it.
+        if signal.getsignal(number) is not signal.SIG_IGN:  # As nohup sets it.
             signal.signal(number, unwind)
     return received
 
 
 def _in_native_import(frame: types.FrameType | None) -> bool:
-    """Whether a native module is being loaded: some end the process when what it calls in Python raises."""
+    """Return True while a native module is loaded: some abort if Python code that they call raises an exception."""
     while frame is not None:
         if frame.f_code.co_name == "exec_module" and "ExtensionFileLoader" in type(frame.f_locals.get("self")).__name__:
             return True
@@ -151,22 +157,22 @@ def _report_interrupt(number: int) -> int:
 
 
 def _report_error(error: BaseException) -> int:
-    """Print one message for an error that a user can cause, and return the exit code; raise any other again."""
+    """Print one message for an error that a user can cause and return the exit code; raise any other error again."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     if isinstance(error, click.ClickException):
-        said = io.StringIO()
-        error.show(said)
+        shown = io.StringIO()
+        error.show(shown)
         click.echo(
-            "\n".join(map(printable, said.getvalue().rstrip("\n").split("\n"))), err=True
-        )  # It quotes what was typed.
+            "\n".join(map(printable, shown.getvalue().rstrip("\n").split("\n"))), err=True
+        )  # It quotes user input.
         return error.exit_code
     if isinstance(error, SparsifinerError):
         _say(str(error))
         return error.exit_code
     if isinstance(error, OSError):
         place = printable(error.filename or "the output")
-        _say(f"{place}: {printable(error.strerror or error)}.\n  Check the path and the space there.")
+        _say(f"{place}: {printable(error.strerror or error)}.\n  Check the path and the free space.")
     elif _is_out_of_memory(error):
         _say("out of memory.\n  Choose a smaller image, batch or model, or close other programs.")
     else:
@@ -175,13 +181,13 @@ def _report_error(error: BaseException) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of Python, or of torch on a CPU or a GPU, which is not imported here to tell."""
+    """Return True for an out-of-memory error of Python or torch, without importing torch."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
 def _flush(code: int) -> int:
-    """Flush standard output now, where a failure can still be reported; later Python would print a traceback."""
+    """Flush standard output now, while a failure can still be reported."""
     if sys.stdout is None:
         return code
     try:

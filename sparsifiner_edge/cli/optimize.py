@@ -16,10 +16,10 @@ from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.front import Candidate, SearchResult
+    from sparsifiner_edge.pareto import Candidate, SearchResult
 
 _STARTED = time.monotonic()
-"""The minutes are the command's: what Python takes to begin with counts too."""
+"""Start of the process. `--minutes` includes the time that Python needs to start."""
 
 
 @click.command()
@@ -29,50 +29,57 @@ _STARTED = time.monotonic()
     "--at-least",
     type=float,
     metavar="FIDELITY",
-    help="The fastest that is as near to the dense model.  [default: 0.98]",
+    help="Minimum fidelity: find the fastest plan that reaches it.  [default: 0.98]",
 )
-@click.option("--at-most-ms", type=float, metavar="MS", help="The nearest to the dense model that takes no longer.")
+@click.option(
+    "--at-most-ms",
+    type=float,
+    metavar="MS",
+    help="Maximum latency in milliseconds: find the plan with the highest fidelity within it.",
+)
 @click.option(
     "--metric",
     default="patches",
     show_default=True,
     metavar="NAME",
-    help="Fidelity: patches or class (cosine of these tokens), maps (IoU of a decoder's map), or a metric of "
-    "your own, package.module:class.",
+    help="Fidelity: patches or class (cosine of these tokens), maps (IoU of a dense map), or your "
+    "own metric as package.module:class.",
 )
 @common.weights_option
 @common.img_size_option
-@click.option("--teacher", metavar="MODEL", help="The dense model of a student that was trained.")
+@click.option("--teacher", metavar="MODEL", help="Dense model to compare with, if the sparse model was trained.")
 @click.option(
     "--backend",
     "backends",
     multiple=True,
     type=click.Choice(ON_PROCESSOR),
-    help="Repeatable; by default all that run here.",
+    help="Backend to consider. Repeatable.  [default: all that work here]",
 )
 @click.option(
-    "--computes",
+    "--compute-precision",
+    "compute_precisions",
     multiple=True,
     type=click.Choice(("auto", "bf16", "fp16")),
-    help="What a backend computes in of all that is not int8; auto: as stored. Repeatable; by default all "
-    "that run here.",
+    help="Compute precision to consider; auto: the weight precision. Repeatable.  [default: all that work here]",
 )
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
     type=click.Choice(("fp32", "int8", "fp16")),
-    help="What files store. Repeatable; by default int8, and fp32 or on a board's GPU fp16.",
+    help="Weight precision to consider. Repeatable.  [default: int8 and fp32; on the GPU of a board int8 and fp16]",
 )
 @click.option(
-    "--board", metavar="NAME|FILE.toml", help="A board that is not here: latency is estimated, as `estimate` does."
+    "--board",
+    metavar="NAME|FILE.toml",
+    help="Optimize for a board that is not here: latency is estimated, as `estimate` does.",
 )
 @click.option(
     "--minutes",
     type=common.FiniteRange(min=0.1, max=10_000),
     default=8.0,
     show_default=True,
-    help="Hard cap on the time; Ctrl-C ends it earlier, with the best so far.",
+    help="Hard limit on the run time. Ctrl-C ends the search earlier and keeps the best result so far.",
 )
 @common.labels_option
 @common.fit_option
@@ -83,15 +90,15 @@ _STARTED = time.monotonic()
 def command(
     *, source: str, data: Path, output: Path, minutes: float, fit: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Give the fastest sparse model at a fidelity, or the most faithful within a latency, on this machine, as a bundle.
+    """Find the fastest sparse model that keeps a fidelity, or the most faithful one within a latency.
 
-    The best so far lies in OUTPUT/bundle from the first fifth of the time on.
+    The best bundle so far is in OUTPUT/bundle from the first fifth of the time on.
     """
     with common.progress_bar("starting") as progress:
         import sparsifiner_edge as se
 
-        optimize, gone = se.optimize, (time.monotonic() - _STARTED) / 60
-        options |= {"minutes": max(0.01, minutes - gone), "fit": fit or "crop"}
+        optimize, elapsed_minutes = se.optimize, (time.monotonic() - _STARTED) / 60
+        options |= {"minutes": max(0.01, minutes - elapsed_minutes), "fit": fit or "crop"}
         groups = common.group(options, model=se.ModelOptions, options=se.OptimizeOptions)
         result = optimize(source, data, output, progress=progress, **groups)
     common.print_result(result, as_json, lambda result: _print(result, output))
@@ -103,9 +110,9 @@ def _print(result: SearchResult, output: Path) -> None:
     front, board, count = result.statistics, result.method.board, len(result.method.images["checked"])
     fastest = min((one.ms.value for one in front.dense), default=None)
     rows = [_row(f"dense: {one.engine}", one, fastest) for one in reversed(front.dense)]
-    rows += [_row(f"ours: {one.engine}", one, fastest) for one in reversed(front.finalists)]
-    title = "Whole models, measured in turn" if board is None else f"Estimated for {board}, not measured"
-    common.print_table(title, ["", "ms", "times", f"fidelity on {count} kept back", "MB"], rows)
+    rows += [_row(f"sparse: {one.engine}", one, fastest) for one in reversed(front.finalists)]
+    title = "Full models, measured in turn" if board is None else f"Estimated for {board}, not measured"
+    common.print_table(title, ["", "ms", "times", f"fidelity on {count} held out", "MB"], rows)
     for text in (f"Left out: {engine}: {why:.160}" for engine, why in front.left_out.items()):
         click.echo(text, err=True)
     for remark in front.remarks:
@@ -113,11 +120,11 @@ def _print(result: SearchResult, output: Path) -> None:
     best = front.finalists[0]
     plan = f"--merge {best.merge} --keep {best.keep}, in {best.engine}"
     if isinstance(front.answer, Unavailable):
-        click.echo(f"No answer: {front.answer.why}. The nearest is {output / 'bundle'}: {plan}", err=True)
+        click.echo(f"No answer: {front.answer.why}. The nearest plan is {output / 'bundle'}: {plan}", err=True)
         return
-    click.echo(f"Answer: {output / 'bundle'}, the last of them: {plan}")
+    click.echo(f"Answer: {output / 'bundle'} (last row): {plan}")
     if not isinstance(front.check, Unavailable) and isinstance(front.check.low, float):
-        click.echo(f"Fidelity of images like those kept back: at least {front.check.low:.4f} (95 %).")
+        click.echo(f"Fidelity on images like the held-out ones: at least {front.check.low:.4f} (95 %).")
     if board is not None:
         click.echo(f"Next: sparsifiner-edge estimate {output / 'bundle'} --board {board}")
         return
@@ -128,11 +135,11 @@ def _print(result: SearchResult, output: Path) -> None:
     click.echo(f"Page: {page}" if page.is_file() else f"For front.png and report.html: {pip_install('report')}")
     if student.is_dir():
         budgets = f"--data IMAGES/ --budgets {shlex.quote(str(output / 'front.json'))}{common.trust_text(student)}"
-        click.echo(f"Train for more: sparsifiner-edge distill {shlex.quote(str(student))} {budgets} -o BETTER/")
+        click.echo(f"Train for fidelity: sparsifiner-edge distill {shlex.quote(str(student))} {budgets} -o BETTER/")
 
 
 def _row(label: str, one: Candidate, fastest: float | None) -> list[str]:
-    """A line of the table."""
+    """Return one row of the table."""
     ms = f"{one.ms.value:.1f}"
     if isinstance(one.ms.low, float) and isinstance(one.ms.high, float):
         ms += f" ({one.ms.low:.1f} to {one.ms.high:.1f})"

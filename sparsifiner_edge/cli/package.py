@@ -14,13 +14,13 @@ from sparsifiner_edge.cli import common
 @click.option(
     "--for", "target", required=True, type=click.Choice(["deepstream", "triton", "gstreamer"]), help="Target system."
 )
-@common.output_option("Folder to write; it must not exist.")
+@common.output_option("Folder to write; it must be missing or empty.")
 @common.json_option
 def command(*, bundle: Path, target: str, output: Path, as_json: bool) -> None:
-    """Write BUNDLE for another system: configuration, model and a README with the commands."""
+    """Package BUNDLE for another system: model, configuration and a README with the commands."""
     from sparsifiner_edge.package import Package, package_bundle
 
     def show(written: Package) -> None:
-        click.echo(f"{output}: {len(written.files)} files for {target}; {output}/README.md says how to run it.")
+        click.echo(f"{output}: {len(written.files)} files for {target}; {output}/README.md explains how to run it.")
 
     common.print_result(package_bundle(bundle, target, output), as_json, show)

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from sparsifiner_edge.bounds import MOST_SECONDS
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.execution import PRECISIONS
+from sparsifiner_edge.execution import COMPUTE_PRECISIONS
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.text import printable
@@ -24,23 +24,33 @@ if TYPE_CHECKING:
 @click.command()
 @common.bundle_argument
 @common.execution_options
-@click.option("--against", type=common.PATH, help="Another bundle: measure the ratio of the two.")
-@click.option("--against-backend", help="What else runs that, on the CPU and in its own precision.")
-@click.option("--against-precision", type=click.Choice(PRECISIONS), help="What it computes in, likewise.")
+@click.option(
+    "--against", type=common.PATH, help="Bundle to compare with: both are measured in turns, and the ratio is reported."
+)
+@click.option("--against-backend", help="Backend of the bundle to compare with, on the CPU.")
+@click.option(
+    "--against-compute-precision",
+    type=click.Choice(COMPUTE_PRECISIONS),
+    help="Compute precision of the bundle to compare with.",
+)
 @common.threads_option
 @click.option(
     "--seconds",
     type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
-    help="Minimum measuring time per bundle.  [default: 10]",
+    help="Minimum measuring time per bundle in seconds.  [default: 10]",
 )
-@click.option("--video", metavar="FILE|FOLDER", help="Instead: how BUNDLE keeps up with a camera that gives these.")
 @click.option(
-    "--rate", type=common.FiniteRange(0, 1000, min_open=True), help="Of --video: frames a second.  [default: 25]"
+    "--video",
+    metavar="FILE|FOLDER",
+    help="Measure how well the bundle keeps up with a camera that delivers these frames.",
+)
+@click.option(
+    "--rate", type=common.FiniteRange(0, 1000, min_open=True), help="Frames per second of --video.  [default: 25]"
 )
 @click.option(
     "--deadline",
     metavar="MS",
-    help="Of --video: until when a frame is answered, such as 40ms.  [default: when the next one comes]",
+    help="Time until a frame of --video must be answered, such as 40ms.  [default: one frame period]",
 )
 @click.option(
     "--no-stream",
@@ -48,16 +58,16 @@ if TYPE_CHECKING:
     is_flag=True,
     flag_value=False,
     default=True,
-    help="Of --video: compute every frame whole, though BUNDLE follows a stream.",
+    help="Compute every frame of --video in full, even if the bundle was exported with --stream.",
 )
 @common.fit_option
 @common.region_option
 @common.json_option
 @common.result_option
 def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any) -> None:
-    """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own.
+    """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in its own process.
 
-    With --video: how many frames of a camera are answered too late, or never.
+    With --video, measure how many frames of a camera are answered too late or dropped.
     """
     import sparsifiner_edge as se
 
@@ -67,12 +77,12 @@ def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any)
         return
     for name, value in of_video.items():
         if value not in (None, True):
-            raise ConfigError(f"--{name if name != 'stream' else 'no-stream'} is for a camera.", "Give --video too.")
-    other = {name: value for name in ("backend", "precision") if (value := options.pop(f"against_{name}"))}
+            raise ConfigError(f"--{name if name != 'stream' else 'no-stream'} requires --video.", "Give --video too.")
+    other = {name: value for name in ("backend", "compute_precision") if (value := options.pop(f"against_{name}"))}
     groups = common.group(options, execution=se.Execution, options=se.ProfileOptions)
     if other:
-        of = {"precision": "auto", "provider": "cpu"} if "backend" in other else {}
-        groups["against_execution"] = replace(groups["execution"], **of | other)
+        defaults = {"compute_precision": "auto", "provider": "cpu"} if "backend" in other else {}
+        groups["against_execution"] = replace(groups["execution"], **defaults | other)
     with common.progress_bar("starting") as progress:
         result = se.profile_bundle(bundle, progress=progress, **groups)
     common.print_result(result, as_json, _print, output)
@@ -81,9 +91,11 @@ def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any)
 def _camera(bundle: Path, video: dict[str, Any], options: dict[str, Any], as_json: bool, output: Path | None) -> None:
     import sparsifiner_edge as se
 
-    for name in ("against", "against_backend", "against_precision"):
+    for name in ("against", "against_backend", "against_compute_precision"):
         if options.pop(name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} is not for a camera.", "Measure one after the other.")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} cannot be combined with --video.", "Measure one bundle after the other."
+            )
     written = video.pop("deadline")
     try:
         video["deadline_ms"] = None if written is None else float(written.removesuffix("ms"))
@@ -99,28 +111,28 @@ def _camera(bundle: Path, video: dict[str, Any], options: dict[str, Any], as_jso
 
 
 def _print_camera(result: PaceResult) -> None:
-    """What was late; how old answers were; energy."""
+    """Print late and dropped frames, ages of answers, and energy."""
     method, figures = result.method, result.statistics
     rows = [
         [name, *(f"{value:.1f}" for value in marks.values())]
-        for name, marks in (("age of an answer, ms", figures.age_ms), ("of that the answering, ms", figures.infer_ms))
+        for name, marks in (("age of an answer, ms", figures.age_ms), ("of which inference, ms", figures.infer_ms))
     ]
-    title = f"{printable(method.video)}, {figures.frames} frames at {method.rate:g} a second"
+    title = f"{printable(method.video)}, {figures.frames} frames at {method.rate:g} per second"
     common.print_table(title, ["", *figures.age_ms], rows)
     click.echo(f"Missed: {figures.missed:.1%}, not answered within {method.deadline_ms:g} ms.")
-    click.echo(f"Dropped for a newer one: {figures.dropped} of them.")
+    click.echo(f"Dropped for a newer frame: {figures.dropped}.")
     energy = figures.energy
     if isinstance(energy, Unavailable):
         click.echo(f"Energy: not measured: {printable(energy.why, 300)}")
     elif isinstance(joules := energy.gross_j_per_inference, Quantity):
-        click.echo(f"Energy: {joules.value * 1e3:.1f} mJ a frame that came, idle time included ({energy.sensor}).")
-    runtime, how = method.runtime, "as a stream" if method.stream else method.why_whole or "every frame whole"
+        click.echo(f"Energy: {joules.value * 1e3:.1f} mJ per arriving frame, idle time included ({energy.sensor}).")
+    runtime, how = method.runtime, "as a stream" if method.stream else method.why_whole or "every frame in full"
     ran = f"{runtime.backend}, {runtime.precision}, kernels: {runtime.kernels}"
     click.echo(f"Ran on {printable(ran, 2000)}, {how}.")
 
 
 def _print(result: ProfileResult) -> None:
-    """Remarks first, as on the page."""
+    """Print warnings first, then the same tables as the report."""
     for subject, figures in zip(result.subjects, result.statistics.sides(), strict=True):
         chosen = result.method.runtime[str(subject.role)].chosen
         remarks = [f"{flag.flag}: {flag.what}. {flag.do}" for flag in figures.flags]

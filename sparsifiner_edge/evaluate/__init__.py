@@ -1,1 +1,1 @@
-"""Accuracy of a student or bundle, measured against its dense teacher."""
+"""Fidelity and accuracy of a sparse model or bundle, compared with the dense model."""

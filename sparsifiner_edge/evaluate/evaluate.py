@@ -1,4 +1,4 @@
-"""`evaluate_student`: how near a student or bundle comes to its dense teacher, by one of several metrics."""
+"""`evaluate_student`: compare a sparse model or bundle with the dense model by one of several metrics."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sparsifiner_edge.bounds import MOST_WORKERS
 from sparsifiner_edge.config import Budget, require
 from sparsifiner_edge.corruptions import parse_corruptions
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.classes import METRICS, ClassJudge, require_head, write_head
+from sparsifiner_edge.evaluate.classes import METRICS, ClassEvaluator, require_head, write_head
+from sparsifiner_edge.evaluate.evaluators import COMPARED, Evaluator, answers, evaluator_of
 from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_both, with_roles
-from sparsifiner_edge.evaluate.judges import COMPARED, Judge, answers, judge_of
 from sparsifiner_edge.evaluate.reading import Feed, class_set, feed_of
 from sparsifiner_edge.evaluate.scores import clean_scores, corrupted_scores, score_statistics, stability
 from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.fitting import Box, Fit, Framing
 from sparsifiner_edge.images import Normalisation, evenly, list_images
-from sparsifiner_edge.judge import MAPS
 from sparsifiner_edge.outcomes import EvaluationMethod, RobustnessResult, ScoresResult
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.scoring import MAPS
 from sparsifiner_edge.sparse.model_options import ModelOptions
 from sparsifiner_edge.sparse.student import load_student
 
@@ -29,25 +29,27 @@ SEVERITY = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """By what a model is judged.
+    """Options of an evaluation.
 
     Attributes:
-        metric: "cosine". "knn": accuracy of the class of most of the 20 nearest gallery features by cosine. "linear":
-            of logistic regression on the gallery's features. "top1": of the classifier's own answer, on images that are
-            prepared as timm validates the model. "task": see task.
-        gallery: for knn and linear: labelled images.
-        queries: use at most this many images, evenly taken; None takes all.
-        head: for linear: student folder to write, the subject with the probe as its classifier.
-        task: for the metric "task": "maps" (None), or a user's metric: see `judge.UserMetric`. map_name: of maps, the
-            output that is one; None: the only one there is. masks: a folder of true masks, named as the images.
-        corruptions: judge by the same metric while images are corrupted: "all", or names of `corruptions.COMMON` with
-            commas between. severity: of these, 1 to 5; None takes the middle one.
-        workers: processes that read images; see `read_images`.
-        fit, region: how images are brought to the model's size, see `fitting.Framing`; of None as a bundle says, else
-            "crop", or for top1 as timm validates the model.
+        metric: "cosine"; "knn": accuracy of a vote of the 20 nearest gallery features by cosine; "linear": accuracy of
+            logistic regression on the gallery's features; "top1": accuracy of the classifier, on images prepared as
+            timm validates the model; "task": the metric of `task`.
+        gallery: Folder of labelled images, for knn and linear.
+        queries: Use at most this many images, evenly spaced; None takes all.
+        head: For linear: folder to write the subject to, with the probe as its classifier.
+        task: For the metric "task": "maps" (None) or a user's metric; see `scoring.UserMetric`.
+        map_name: Output that holds the map; None takes the only one.
+        masks: Folder of true masks, named as the images.
+        corruptions: Also evaluate on corrupted images: "all", or comma-separated names of `corruptions.COMMON`.
+        severity: Severity of the corruptions, 1 to 5; None takes the middle one.
+        workers: Number of processes that read images; see `read_images`.
+        fit: How images are brought to the model's size; see `fitting.Framing`. None takes the bundle's setting, else
+            "crop", or for top1 what timm does.
+        region: Part of each image that is read; see `fitting.Framing`.
 
     Raises:
-        ConfigError: values that have no meaning, or none beside each other.
+        ConfigError: A value is invalid, or values do not go together.
 
     Example:
         >>> EvaluationOptions(corruptions="fog,snow", severity=3).metric
@@ -69,22 +71,22 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         metric, choices = self.metric, ", ".join(METRICS)
-        Framing(1, self.fit or "crop", self.region)  # Checks both.
-        known = metric in ("cosine", "task", *METRICS)
-        require(known, f"metric is {metric!r}.", f"Choose one of: cosine, task, {choices}.")
-        of_task = metric == "task" or not (self.task or self.map_name or self.masks)
-        require(of_task, "A task and masks require --metric task.", "Leave them out.")
-        of_maps = self.task in (None, MAPS) or not (self.masks or self.map_name)
-        require(of_maps, "Masks and the name of a map are for the task maps.", "Leave them out.")
-        learnt = self.gallery is None or metric in METRICS
-        require(learnt, "Images to learn from require another metric.", f"Choose: {choices}.")
-        clean = self.head is None or (metric == "linear" and self.corruptions is None)
-        fix = "Use that, or leave --head out."
-        require(clean, "A head is written by the metric linear, on clean images.", fix)
-        counted = self.workers is None or 0 <= self.workers <= MOST_WORKERS
-        require(counted, f"workers is {self.workers}.", f"Give a whole number from 0 to {MOST_WORKERS}.")
-        corrupted = self.severity is None or self.corruptions is not None
-        require(corrupted, "A severity is that of corruptions.", "Name them: --corruptions all.")
+        Framing(1, self.fit or "crop", self.region)  # Raises if either is invalid.
+        metric_ok = metric in ("cosine", "task", *METRICS)
+        require(metric_ok, f"metric is {metric!r}.", f"Choose one of: cosine, task, {choices}.")
+        task_ok = metric == "task" or not (self.task or self.map_name or self.masks)
+        require(task_ok, "A task and masks require --metric task.", "Leave them out.")
+        maps_ok = self.task in (None, MAPS) or not (self.masks or self.map_name)
+        require(maps_ok, "Masks and the name of a map require the task maps.", "Leave them out.")
+        gallery_ok = self.gallery is None or metric in METRICS
+        require(gallery_ok, "A gallery requires a metric that learns from images.", f"Choose: {choices}.")
+        head_ok = self.head is None or (metric == "linear" and self.corruptions is None)
+        fix = "Use --metric linear without --corruptions, or leave --head out."
+        require(head_ok, "A head requires the metric linear and clean images.", fix)
+        workers_ok = self.workers is None or 0 <= self.workers <= MOST_WORKERS
+        require(workers_ok, f"workers is {self.workers}.", f"Give a whole number from 0 to {MOST_WORKERS}.")
+        severity_ok = self.severity is None or self.corruptions is not None
+        require(severity_ok, "A severity requires corruptions.", "Name them: --corruptions all.")
 
 
 def evaluate_student(
@@ -98,26 +100,26 @@ def evaluate_student(
     options: EvaluationOptions | None = None,
     progress: Progress | None = None,
 ) -> ScoresResult | RobustnessResult:
-    """Compare a student or bundle with its dense teacher over images.
+    """Compare a sparse model or bundle with the dense model over images.
 
     Args:
-        subject: student or bundle folder.
-        data: an image, a folder of images, or a list of images; to judge classes a folder with one folder of images
-            per class.
-        against: the teacher: a model (see `load_source`), or a bundle. None, for a student only: its own weights
-            with dense attention everywhere.
-        model: how the teacher is loaded, in the subject's size; `trust` is for the subject.
-        budget: of a student. execution: of bundles: a backend, or all of it.
-        options: by what it is judged.
-        progress: see `Progress`; counts images.
+        subject: Folder of a sparse model or bundle.
+        data: An image, a folder of images, or a list of images; for accuracies a folder with one subfolder per class.
+        against: Dense model (see `load_source`) or bundle. None, for a sparse model only: its own weights with dense
+            attention.
+        model: How the dense model is loaded, in the subject's size; `trust` is for the subject.
+        budget: Settings that replace those of a sparse model.
+        execution: How bundles run: a backend, or an `Execution`.
+        options: How the model is evaluated.
+        progress: Progress callback; counts images.
 
     Returns:
-        A result of kind "evaluation", with corruptions of kind "robustness".
+        A result of kind "evaluation", or with corruptions of kind "robustness".
 
     Raises:
-        ConfigError: no teacher for a bundle, sizes differ, or nothing to compare; for accuracies: no gallery, a class
-            without images, classes that differ, or no classifier.
-        SparsifinerError: subject, teacher or images are unusable.
+        ConfigError: There is no dense model for a bundle, sizes differ, or there is nothing to compare; for accuracies:
+            no gallery, a class without images, classes that differ, or no classifier.
+        SparsifinerError: The subject, the dense model or the images are unusable.
 
     Example:
         >>> result = evaluate_student("bundle", "images", against="dense")
@@ -125,8 +127,8 @@ def evaluate_student(
         True
     """
     model, options = model or ModelOptions(), options or EvaluationOptions()
-    Normalisation.parse(model.normalise)  # Before anything is loaded.
-    require(model.img_size is None, "An evaluation takes images of the subject's size.", "Leave img_size out.")
+    Normalisation.parse(model.normalise)  # Check before loading anything.
+    require(model.img_size is None, "An evaluation uses the image size of the evaluated model.", "Leave img_size out.")
     metric, names = options.metric, () if options.corruptions is None else parse_corruptions(options.corruptions)
     compared = TeacherComparison(
         Path(subject),
@@ -146,15 +148,15 @@ def evaluate_student(
             severity=SEVERITY if options.severity is None else options.severity,
         )
         if metric in METRICS:
-            return _judge_classes(compared, data, options, models, feed, progress)
+            return _evaluate_classes(compared, data, options, models, feed, progress)
         files = data if isinstance(data, list) else list_images(Path(data))
         files = files if options.queries is None else evenly(files, options.queries)
         task = (options.task or MAPS) if metric == "task" else None
-        judge = judge_of(task, files, framing, options.map_name, options.masks, clean=not names)
-        return _result(judge, models, feed, task or metric, progress)
+        evaluator = evaluator_of(task, files, framing, options.map_name, options.masks, clean=not names)
+        return _result(evaluator, models, feed, task or metric, progress)
 
 
-def _judge_classes(
+def _evaluate_classes(
     compared: TeacherComparison,
     data: str | Path | list[Path],
     options: EvaluationOptions,
@@ -162,42 +164,42 @@ def _judge_classes(
     feed: Feed,
     progress: Progress | None,
 ) -> ScoresResult | RobustnessResult:
-    """Of labelled images; the metric linear also writes its probe, where it is asked for."""
+    """Evaluate labelled images; the metric linear also writes its probe if `head` is set."""
     metric, head = options.metric, None if options.head is None else Path(options.head)
     if isinstance(data, list):
         raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
     queries = class_set(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(options.queries)
     if head is not None:
         require_head(compared.subject, head, queries.classes)
-    judge = ClassJudge(queries, metric, options.gallery, models, feed, progress)
-    result = _result(judge, models, feed, metric, progress)
+    evaluator = ClassEvaluator(queries, metric, options.gallery, models, feed, progress)
+    result = _result(evaluator, models, feed, metric, progress)
     if head is not None:
         student = load_student(compared.subject, budget=compared.budget, trust=compared.model.trust)
-        write_head(student, judge.fits[0], queries.classes, head)
+        write_head(student, evaluator.fits[0], queries.classes, head)
     return result
 
 
 def _result(
-    judge: Judge, models: tuple[Extractor, Extractor], feed: Feed, metric: str, progress: Progress | None
+    evaluator: Evaluator, models: tuple[Extractor, Extractor], feed: Feed, metric: str, progress: Progress | None
 ) -> ScoresResult | RobustnessResult:
-    """Of images that are judged one by one."""
-    judged, roles = answers(judge, *models, feed, progress), with_roles(*models)
+    """Evaluate images one by one."""
+    judged, roles = answers(evaluator, *models, feed, progress), with_roles(*models)
 
     def method() -> EvaluationMethod:
-        """Once all are judged."""
+        """Describe the method, after all images were evaluated."""
         return EvaluationMethod(
             metric=metric,
-            truth=judge.truth,
-            images=[path.name for path in judge.files],
+            truth=evaluator.truth,
+            images=[path.name for path in evaluator.files],
             preprocessing=feed.text + ", then corrupted" * bool(feed.corruptions),
             runtime={role: model.runtime for role, model in zip(COMPARED, models, strict=True)},
             corruptions=feed.corruptions,
             severity=feed.severity if feed.corruptions else None,
-            **judge.details(),
+            **evaluator.details(),
         )
 
     if feed.corruptions:
-        worse = corrupted_scores(judge, judged)
+        worse = corrupted_scores(evaluator, judged)
         return RobustnessResult("robustness", roles, method(), worse, stability(worse))
-    samples = clean_scores(judge, judged)
+    samples = clean_scores(evaluator, judged)
     return ScoresResult("evaluation", roles, method(), samples, score_statistics(samples))

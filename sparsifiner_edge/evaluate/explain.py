@@ -1,6 +1,4 @@
-"""`explain_student`: for images, which patches each layer read and merged, which the features hang on, and whether that
-is true.
-"""
+"""`explain_student`: tokens that the layers read and merged, and patches that the features depend on."""
 
 from __future__ import annotations
 
@@ -37,8 +35,9 @@ from sparsifiner_edge.sparse.student import Student, load_student
 from sparsifiner_edge.sparse.weights import normalise
 
 EXPLAINED = 4
+"""Default number of images."""
 Layer: TypeAlias = tuple[Array, Array, LayerSummary]
-"""One of `Explained.merged`, of `Explained.read`, and what it is in figures."""
+"""An entry of `Explained.merged`, an entry of `Explained.read`, and the layer's figures."""
 
 
 def explain_student(
@@ -49,18 +48,21 @@ def explain_student(
     trust: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[ExplainResult, list[Explained]]:
-    """Explain a student's features on images.
+    """Explain a sparse model's features on images.
 
     Args:
-        student: student folder. data: an image or a folder. most: images at most, evenly taken. trust: see
-            `load_student`. progress: see `Progress`; counts images.
+        student: Folder of the sparse model.
+        data: An image or a folder.
+        most: Maximum number of images, evenly spaced.
+        trust: Modules whose code may run; see `load_student`.
+        progress: Progress callback; counts images.
 
     Returns:
         The result, and what a page shows.
 
     Raises:
-        ConfigError: the student is dense or prunes tokens.
-        SparsifinerError: an unusable student or image.
+        ConfigError: The model is dense or prunes tokens.
+        SparsifinerError: The model or an image is unusable.
 
     Example:
         >>> result, images = explain_student("student", "images", most=1)
@@ -89,10 +91,10 @@ def explain_student(
 
 
 def explain_image(student: Student, path: Path, seed: int = 0) -> Explained:
-    """One image; seed: of what chance gives beside it.
+    """Explain one image; `seed` draws the random baselines.
 
     Raises:
-        ConfigError: see `look`.
+        ConfigError: See `look`.
     """
     image, answer, random = load_image(path, student.img_size), answer_of(student), np.random.default_rng(seed)
     layers = look(student, image)
@@ -109,10 +111,10 @@ def explain_image(student: Student, path: Path, seed: int = 0) -> Explained:
 
 @torch.no_grad()
 def look(student: Student, image: Pixels) -> list[Layer]:
-    """What a student's layers read and merge of an image uint8 [H,W,3].
+    """Return what each layer reads and merges of an image uint8 [H,W,3].
 
     Raises:
-        ConfigError: no layer of the student is sparse or merges; or it prunes tokens: nothing hangs on what is gone.
+        ConfigError: No layer is sparse or merges, or the model prunes tokens.
     """
     layers = [layer for layer in student.backbone.layers if isinstance(layer, SparseLayer)]
     if not layers:
@@ -140,7 +142,7 @@ def _watch(layer: SparseLayer, records: list[Layer]) -> Iterator[None]:
         nonlocal read
         if isinstance(attention, SparseAttention) and attention.sparsity.keep != 1 and entered is not None:
             lists, patches = attention.indices(outputs[1], entered.sizes)[0], entered.positions.shape[1]
-            # The published method lists all tokens, others patches alone.
+            # The published method lists all tokens, the preset "edge" only patches.
             listed = entered.values.shape[1] if isinstance(attention, LandmarkAttention) else patches
             read = torch.bincount(lists.long().flatten(), minlength=listed)[listed - patches :] / lists.shape[1]
 

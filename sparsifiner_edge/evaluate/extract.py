@@ -1,4 +1,4 @@
-"""What turns images into features: a student in torch, or a bundle on a backend; subjects and their teachers."""
+"""Extractors: a model in torch, or a bundle on a backend, that turns images into outputs."""
 
 from __future__ import annotations
 
@@ -30,20 +30,25 @@ from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise
 
 TOKENS_TOGETHER = 2048
-"""Tokens of the images that torch computes together: more gain nothing on a CPU, and take memory."""
+"""Number of tokens that torch computes at once. More is not faster on a CPU and takes memory."""
 GPU_TOKENS_TOGETHER = 16 * TOKENS_TOGETHER
 
 
 class Extractor(NamedTuple):
-    """Something that turns images uint8 [B,H,W,3] into features.
+    """Something that turns images uint8 [B,H,W,3] into outputs.
 
     Attributes:
-        extract: -> outputs by name: of a vision transformer alone {"features": [B,C], and where it has them "logits":
-            [B,classes], "tokens": [B,N,C], patches in raster order, and with pruned tokens "token_positions": [B,P],
-            the raster places of those that are left}; of other models their own.
-        size: of the images. prefix: tokens that are no patches. about: how a result names it. runtime: what ran it.
-        labels: of a classifier that has them, in its order. together: images that `extract` takes at most.
-        timm_name: timm's name of the model, if it is one of timm's. fit: how a bundle wants images fitted.
+        extract: Function from images to outputs by name. A plain vision transformer gives "features" [B,C], "logits"
+            [B,classes] if it is a classifier, "tokens" [B,N,C] with patches in raster order, and with pruned tokens
+            "token_positions" [B,P], the raster places of the remaining patches. Other models give their own outputs.
+        size: Size of the images.
+        prefix: Number of tokens that are not patches.
+        about: How a result names it.
+        runtime: What ran it.
+        labels: Class names of a classifier, in its order.
+        together: Maximum number of images per call of `extract`.
+        timm_name: timm's name of the model, if it has one.
+        fit: How a bundle wants images fitted.
     """
 
     extract: Callable[[Array], dict[str, Array]]
@@ -57,7 +62,7 @@ class Extractor(NamedTuple):
     fit: Fit = "crop"
 
     def each(self, images: Array) -> Iterator[dict[str, Array]]:
-        """The outputs of each of the images [B,H,W,3], as of a batch of one."""
+        """Yield the outputs of each image [B,H,W,3], as for a batch of one."""
         for start in range(0, len(images), self.together):
             batch = images[start : start + self.together]
             outputs = self.extract(batch)
@@ -66,10 +71,10 @@ class Extractor(NamedTuple):
 
 
 class TeacherComparison(NamedTuple):
-    """What is compared with which teacher, and what runs bundles: arguments of `evaluate_student`.
+    """Subject, teacher, and what runs bundles: arguments of `evaluate_student`.
 
     Attributes:
-        output: the only one that is wanted of models in torch; None: all.
+        output: The only output that is needed of models in torch; None for all.
     """
 
     subject: Path
@@ -81,10 +86,10 @@ class TeacherComparison(NamedTuple):
 
 
 def open_both(compared: TeacherComparison, stack: contextlib.ExitStack) -> tuple[Extractor, Extractor]:
-    """The subject and its teacher, open until the stack is left.
+    """Open the subject and its teacher until the stack is closed.
 
     Raises:
-        ConfigError: they cannot be compared, or they take images of different sizes.
+        ConfigError: They cannot be compared, or take images of different sizes.
     """
     subject = _subject(compared, stack)
     teacher = _teacher(compared, subject.size, stack)
@@ -95,22 +100,22 @@ def open_both(compared: TeacherComparison, stack: contextlib.ExitStack) -> tuple
 
 
 def _subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
-    """A student or bundle."""
+    """Open a sparse model or a bundle."""
     folder = compared.subject
     if require_kind(folder, "student", "bundle") == "student":
         student = load_student(folder, budget=compared.budget, trust=compared.model.trust)
         return _torch(student, str(folder), sha256(folder / STUDENT_FILE), compared)
     if not compared.budget.is_unchanged:
-        raise ConfigError("What a bundle keeps is fixed.", "Give --keep and --merge to export.")
+        raise ConfigError("The sparsity of a bundle cannot be changed.", "Give --keep and --merge to export.")
     return _bundle(folder, compared, stack)
 
 
 def _teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib.ExitStack) -> Extractor:
-    """The dense teacher: a bundle, a model (see `load_source`), or the subject's own weights, dense."""
+    """Open the dense model: a bundle, a model (see `load_source`), or the subject's own weights."""
     against, weights = compared.against, compared.model.file
     bundle = against is not None and Path(against).is_dir() and kind_of(Path(against)) is not None
     if weights is not None and (against is None or bundle):
-        raise ConfigError("--weights are those of a timm model, and none is named.", "Name it: --against MODEL.")
+        raise ConfigError("--weights requires the timm model that they belong to.", "Name it: --against MODEL.")
     if against is None or bundle:
         refuse_normalisation(compared.model.normalise)
     if against is not None:
@@ -120,19 +125,19 @@ def _teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib.Exi
         origin = dense.provenance.weights or Weights()
         return _torch(dense, str(against), origin.sha256 or origin.origin or "its own code", compared)
     if kind_of(compared.subject) != "student":
-        raise ConfigError("A bundle does not hold its teacher.", "Name it: --against MODEL --weights FILE.")
+        raise ConfigError("A bundle does not contain its dense model.", "Name it: --against MODEL --weights FILE.")
     student = load_student(compared.subject, trust=compared.model.trust)
     if student.provenance.training is not None:
         raise ConfigError(
-            "This student was trained: its weights are no longer its teacher's.",
-            "Name the teacher: --against MODEL --weights FILE.",
+            "This sparse model was trained: its weights differ from the dense model's.",
+            "Name the dense model: --against MODEL --weights FILE.",
         )
-    path = f"{student.name} (the student's weights, dense attention)"
+    path = f"{student.name} (the sparse model's weights, dense attention)"
     return _torch(dense_twin(student), path, "as the subject", compared)
 
 
 def _torch(student: Student, path: str, digest: str, compared: TeacherComparison) -> Extractor:
-    """A model in torch, on a GPU where torch sees one."""
+    """Open a model in torch, on a GPU if torch has one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, pre, backbone = student.model.eval().to(device), student.normalisation, student.backbone
 
@@ -168,10 +173,10 @@ def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitSta
     about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
     prefix = bundle.require(bundle.manifest.shape, "shape").prefix
     labels, fit = tuple(bundle.labels()), bundle.require(bundle.manifest.preprocessing, "preprocessing").fit
-    # Of a dynamic batch one image at a time: engines may take few.
+    # With a dynamic batch, one image at a time: engines may accept only a few.
     return Extractor(extract, bundle.image_size, prefix, about, session.description, labels, fixed or 1, name, fit)
 
 
 def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:
-    """How a result names the two."""
+    """Return how a result names the two."""
     return [replace(subject.about, role="subject"), replace(teacher.about, role="teacher")]

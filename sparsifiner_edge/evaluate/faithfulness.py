@@ -1,14 +1,14 @@
-"""Which patches a model's features hang on, and whether that is true.
+"""Importance of patches for a model's features, and a test of that importance.
 
-*Integrated gradients* (Sundararajan et al., ICML 2017) give every pixel its part of how far the answer moves while the
-image fades in from its own mean colour; a patch weighs as much as the sum of its pixels' parts, whatever the sign. The
-answer is the cosine of the features to those of the whole image.
+*Integrated gradients* (Sundararajan et al., ICML 2017) attribute to every pixel its part of the change of the answer
+while the image fades in from its mean colour. A patch weighs as much as the absolute sum of its pixels. The answer is
+the cosine of the features to those of the whole image.
 
-*SaCo* (Wu et al., CVPR 2024) judges: of groups of patches, each filled with the mean colour, whether those that are
-said to matter more change the answer more: 1 always, 0 as by chance, -1 never; pairs count by how much more is claimed.
-Two explanations that know nothing of the image stand beside: patches in any order, and the explanation itself at
-another place (`elsewhere`). Patches from everywhere hurt a model more than a hole of the same size, so an order that
-begins with one region has to be compared with one that does too.
+*SaCo* (Wu et al., CVPR 2024) tests the explanation: groups of patches are filled with the mean colour, and groups that
+are claimed to matter more must change the answer more. 1 is always, 0 is chance, -1 is never; pairs of groups are
+weighted by the difference that is claimed. Two baselines know nothing of the image: patches in random order, and the
+explanation itself at another place (`elsewhere`). Scattered patches hurt a model more than a hole of the same size, so
+an order that begins with one region must be compared with another order of that kind.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
 GRADIENTS = 4
-"""Of the way from the mean colour: twelve are no truer by SaCo on development photographs."""
+"""Number of steps of the integration. Twelve were no better by SaCo on development photographs."""
 GROUPS = 10
-"""Of patches, most important first; as in SaCo's own experiments."""
+"""Number of groups of patches, most important first, as in the experiments of the SaCo paper."""
 _MANY = 1024
-"""Patches beyond which half of the groups have to do: an answer takes long there."""
+"""Number of patches from which half as many groups are used, because an answer takes long."""
 AnswerOf = Callable[[Tensor], Tensor]
-"""Pixels 0 to 255, float [1,H,W,3] -> what is explained [C]."""
+"""Pixels 0 to 255, float [1,H,W,3] -> the vector that is explained [C]."""
 
 
 def answer_of(student: Student) -> AnswerOf:
-    """A student's features."""
+    """Return a function that gives a model's features."""
     backbone, model = student.backbone, student.model.eval()
 
     def answer(pixels: Tensor) -> Tensor:
@@ -50,21 +50,21 @@ def answer_of(student: Student) -> AnswerOf:
 
 
 def importance_of(answer: AnswerOf, image: Pixels, grid: tuple[int, int]) -> Array:
-    """Of each patch [rows,columns] how much the answer to an image uint8 [H,W,3] hangs on it; the sum is 1."""
+    """Return the importance of each patch [rows,columns] for the answer to an image uint8 [H,W,3]; the sum is 1."""
     start, end = (torch.from_numpy(x)[None].float() for x in (_filler(image), image))
     with torch.no_grad():
-        whole = answer(end)
+        reference = answer(end)
     total = torch.zeros_like(end)
     for step in range(GRADIENTS):
-        between = (start + (step + 0.5) / GRADIENTS * (end - start)).requires_grad_()
-        features = answer(between)
+        blend = (start + (step + 0.5) / GRADIENTS * (end - start)).requires_grad_()
+        features = answer(blend)
         if not features.requires_grad:
             raise ConfigError(
-                "This module's forward takes no gradient, which the explanation needs.",
-                "Leave torch.no_grad and inference_mode to its caller.",
+                "The features of this module have no gradient, which the explanation needs.",
+                "Remove torch.no_grad and torch.inference_mode from its forward.",
             )
-        near = torch.nn.functional.cosine_similarity(features, whole, dim=0)
-        total += torch.autograd.grad(near, between)[0]
+        similarity = torch.nn.functional.cosine_similarity(features, reference, dim=0)
+        total += torch.autograd.grad(similarity, blend)[0]
     pixels = ((end - start) * total)[0].sum(-1).numpy()
     (height, width), (rows, columns) = pixels.shape, grid
     parts = np.abs(pixels.reshape(rows, height // rows, columns, width // columns).sum((1, 3)))
@@ -72,18 +72,18 @@ def importance_of(answer: AnswerOf, image: Pixels, grid: tuple[int, int]) -> Arr
 
 
 def _filler(image: Pixels) -> Pixels:
-    """The image's mean colour, as large as it is."""
+    """Return an image of the same size in the mean colour."""
     filler: Pixels = np.broadcast_to(image.reshape(-1, 3).mean(0).round().astype(np.uint8), image.shape).copy()
     return filler
 
 
 def groups_of(grid: tuple[int, ...]) -> int:
-    """How many groups the patches of a grid are taken away in."""
+    """Return the number of groups for a grid of patches."""
     return GROUPS if grid[0] * grid[1] <= _MANY else GROUPS // 2
 
 
 def elsewhere(values: Array, random: np.random.Generator) -> Array:
-    """A map [rows,columns] moved round by a quarter of each side or more, mirrored or not: as clustered as it was."""
+    """Move a map [rows,columns] by a quarter of each side or more, perhaps mirrored, which keeps its clusters."""
     by = [int(random.integers(side // 4, side - side // 4 + 1)) for side in values.shape]
     rolled = np.roll(values, by, (0, 1))
     return np.asarray(rolled[:, ::-1] if random.random() < 0.5 else rolled)
@@ -91,20 +91,21 @@ def elsewhere(values: Array, random: np.random.Generator) -> Array:
 
 @torch.no_grad()
 def faithfulness(answer: AnswerOf, image: Pixels, values: Array) -> tuple[float, Array]:
-    """SaCo of an explanation [rows,columns] of an image; and what the answer loses without each group of patches, those
-    first that are said to matter most.
+    """Return SaCo of an explanation [rows,columns], and the drop of the answer without each group of patches.
+
+    Groups are ordered by importance, the most important first.
     """
     filler = _filler(image)
     groups = np.array_split(np.argsort(-values.ravel(), kind="stable"), groups_of(values.shape))
     without = [np.where(_mask(group, values.shape, image.shape)[..., None], filler, image) for group in groups]
     with native_kernels(available_cores()):
-        whole, *answers = (answer(torch.from_numpy(x)[None].float()).numpy() for x in (image, *without))
-    drop = 1 - np.asarray(cosine(np.stack(answers), whole[None]))
+        reference, *answers = (answer(torch.from_numpy(x)[None].float()).numpy() for x in (image, *without))
+    drop = 1 - np.asarray(cosine(np.stack(answers), reference[None]))
     return saco(np.array([values.ravel()[group].sum() for group in groups]), drop), drop
 
 
 def saco(importance: Array, drop: Array) -> float:
-    """Salience-guided faithfulness coefficient of groups: what is claimed of each, and what its absence cost."""
+    """Return the salience-guided faithfulness coefficient from claimed importances and measured drops of groups."""
     first, second = np.triu_indices(len(importance), 1)
     claimed = importance[first] - importance[second]
     right = np.where(np.sign(claimed) * (drop[first] - drop[second]) >= 0, 1, -1)
@@ -113,7 +114,7 @@ def saco(importance: Array, drop: Array) -> float:
 
 
 def _mask(places: Array, grid: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """Patches by number as a mask of pixels."""
+    """Return a pixel mask of patches given by number."""
     mask = np.zeros(grid[0] * grid[1], bool)
     mask[places] = True
     down, across = shape[0] // grid[0], shape[1] // grid[1]

@@ -1,4 +1,4 @@
-"""Images on their way to models: folders by class, how each image is prepared, and processes that read ahead."""
+"""Images for evaluation: class folders, preparation, and worker processes that read ahead."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sparsifiner_edge.images import class_order, evenly, list_images, load_image
 from sparsifiner_edge.machine import available_cores
 
 MOST_RATIO = 32
-"""Longer to shorter side of an image that timm's resizing makes something of."""
+"""Maximum ratio of the longer to the shorter side that timm's resizing can handle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Labelled:
     """Images and their classes.
 
     Attributes:
-        labels: of each file the number of its class, int64 [n]. classes: names. name: for results.
+        labels: Class number of each file, int64 [n].
+        classes: Class names.
+        name: Name for results.
     """
 
     files: tuple[Path, ...]
@@ -46,26 +48,28 @@ class Labelled:
         return len(self.labels)
 
     def first(self, count: int | None) -> Labelled:
-        """At most `count` of them, evenly taken."""
+        """Return at most `count` images, evenly spaced."""
         taken = evenly(range(len(self)), len(self) if count is None else count)
         files = tuple(self.files[place] for place in taken)
         return dataclasses.replace(self, files=files, labels=self.labels[taken])
 
 
 def class_set(folder: Path, classes: tuple[str, ...] | None = None, classifier: tuple[str, ...] = ()) -> Labelled:
-    """Images of a folder with one folder per class.
+    """Read a folder with one subfolder per class.
 
     Args:
-        classes: names in the order that labels count, if known.
-        classifier: labels of the classifier that is evaluated, in its order; see `class_order`.
+        folder: The folder.
+        classes: Class names in the order of the labels, if known.
+        classifier: Labels of the classifier that is evaluated, in its order; see `class_order`.
 
     Raises:
-        ImageError: nothing there. ConfigError: no folder per class, or a class that is not known.
+        ImageError: There are no images.
+        ConfigError: There are no class folders, or a class is unknown.
     """
     files = list_images(folder)
     parts = [path.relative_to(folder).parts if folder.is_dir() else () for path in files]
     if any(len(part) < 2 for part in parts):
-        raise ConfigError(f"{folder} holds images in no folder of their class.", "Give one folder per class.")
+        raise ConfigError(f"{folder} has images outside of class folders.", "Give one folder per class.")
     names = classes or class_order((part[0] for part in parts), classifier)
     numbers = {name: number for number, name in enumerate(names)}
     unknown = sorted({part[0] for part in parts} - numbers.keys())
@@ -76,13 +80,17 @@ def class_set(folder: Path, classes: tuple[str, ...] | None = None, classifier: 
 
 
 class Feed(NamedTuple):
-    """How images reach models.
+    """Preparation of images for models.
 
     Attributes:
-        framing: how images become pixels. text: the same for results. transform: timm's resizing and cropping alone, of
-            a Pillow image, to uint8 [3,height,width]: models normalise by themselves; None: as `framing` says.
-        workers: processes that read ahead; None: one for each core, as far as there are batches for them; 0: this one.
-        corruptions, severity: of each image also these; what is drawn follows from its number.
+        framing: How images become pixels.
+        text: The same, for results.
+        transform: timm's resizing and cropping of a Pillow image to uint8 [3,height,width], without normalisation; None
+            follows `framing`.
+        workers: Number of processes that read ahead; None takes one per core, as far as there are batches; 0 reads in
+            this process.
+        corruptions: Corruptions that are also applied to each image; the random parts follow from its number.
+        severity: Severity of the corruptions.
     """
 
     framing: Framing
@@ -93,38 +101,39 @@ class Feed(NamedTuple):
     severity: int = 3
 
     def load(self, path: Path) -> Pixels:
-        """uint8 RGB [height, width, 3]; decoded in full, as timm does it, unless `framing` says how.
+        """Return an image as uint8 RGB [height, width, 3], decoded at full size as timm does unless `framing` says how.
 
         Raises:
-            ImageError: as of `load_image`; or it is too long and thin for timm's resizing.
+            ImageError: See `load_image`; or the image is too long and thin for timm's resizing.
         """
         if self.transform is None:
             return load_image(path, self.framing)
         image = open_image(path)
         if max(image.size) > MOST_RATIO * min(image.size):
             shape = size_text((image.size[1], image.size[0]))
-            raise ImageError(f"{path} has {shape} pixels: too long and thin to be resized.", "Remove it.")
+            raise ImageError(f"{path} has {shape} pixels, which is too narrow to resize.", "Remove it.")
         return np.ascontiguousarray(np.asarray(self.transform(image)).transpose(1, 2, 0))
 
 
 def feed_of(model: str | None, framing: Framing) -> Feed:
-    """As timm's configuration of a model says; of None, or where timm has none, as framed."""
-    known = get_pretrained_cfg(model) if model is not None and timm.is_model(model) else None
-    if known is None:
+    """Return a feed as timm's configuration of a model says; without one, as `framing` says."""
+    pretrained = get_pretrained_cfg(model) if model is not None and timm.is_model(model) else None
+    if pretrained is None:
         return Feed(framing, str(framing))
-    config = resolve_data_config(pretrained_cfg=known.to_dict())
+    config = resolve_data_config(pretrained_cfg=pretrained.to_dict())
     crop = {name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")}
-    said = ", ".join(f"{name} {value}" for name, value in crop.items())
+    settings = ", ".join(f"{name} {value}" for name, value in crop.items())
     transform = create_transform(height_width(framing.size), mean=config["mean"], use_prefetcher=True, **crop)
-    return Feed(framing, f"as timm validates {model}: {said}, to {size_text(framing.size)} px", transform)
+    return Feed(framing, f"preprocessing of timm for {model}: {settings}, to {size_text(framing.size)} px", transform)
 
 
 _Prepared: TypeAlias = "tuple[int, Tensor] | SparsifinerError"
 
 
 class _Files(Dataset[_Prepared]):
-    """Images by number, [K,H,W,3]. What cannot be read is returned: a worker that raised it would show its traceback
-    instead.
+    """Dataset of images by number, [K,H,W,3].
+
+    An unreadable image is returned as an error: a worker that raised it would print a traceback.
     """
 
     def __init__(self, files: Sequence[Path], feed: Feed) -> None:
@@ -143,12 +152,16 @@ class _Files(Dataset[_Prepared]):
 
 
 def read_images(files: Sequence[Path], feed: Feed, batch: int) -> Iterator[tuple[list[int], Array]]:
-    """Images by number, in order, and their pixels uint8 [B*K,H,W,3]: each clean, then under each corruption; some
-    `batch` of them at a time, corrupted ones included.
+    """Yield image numbers and their pixels uint8 [B*K,H,W,3] in order: each image clean, then under each corruption.
+
+    Args:
+        files: The images.
+        feed: How they are read.
+        batch: Approximate number of images per batch, including corrupted ones.
 
     Raises:
-        ImageError: by the iterator: one cannot be read.
-        ConfigError: by the iterator: a worker failed, as where shared memory is short.
+        ImageError: During iteration: an image cannot be read.
+        ConfigError: During iteration: a worker failed, for example for lack of shared memory.
     """
     images, workers = max(1, batch // (1 + len(feed.corruptions))), feed.workers
     batches = -(-len(files) // images)
@@ -184,5 +197,5 @@ def _collate(images: list[_Prepared]) -> tuple[list[int], Tensor] | SparsifinerE
 
 
 def _ignore_sigint(_: int) -> None:
-    """Ctrl-C reaches the whole group of processes: the one that has workers ends them."""
+    """Ignore Ctrl-C in a worker: the signal reaches all processes, and the main process ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

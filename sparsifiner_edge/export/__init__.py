@@ -1,1 +1,1 @@
-"""From a student, or a dense model, to a bundle: ONNX file, manifest and golden pair, checked against torch."""
+"""Export of a sparse or dense model to a bundle: ONNX file, manifest and golden pair, checked against torch."""

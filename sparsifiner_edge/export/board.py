@@ -1,4 +1,4 @@
-"""What a bundle holds for one board: its CUDA kernels, compiled, and a table of which nodes they replace."""
+"""Kernels for one board in a bundle: compiled CUDA code, and a table of the nodes that it replaces."""
 
 from __future__ import annotations
 
@@ -39,19 +39,26 @@ from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
 
 PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
-"""CUDA version of a board -> newest PTX version (times ten) that its driver takes (PTX ISA, release notes)."""
+"""CUDA version of a board -> newest PTX version (times ten) that its driver accepts (PTX ISA, release notes)."""
 LEAST_PTX = {100: 86, 110: 90, 120: 87}
-"""Compute capability -> first PTX version that supports it, where the oldest that we write, 8.5, does not."""
+"""Compute capability -> first PTX version that supports it, if that is newer than our default 8.5."""
 OLDEST_TENSORRT = (10, 3)
+"""Oldest TensorRT version that takes the kernels."""
 _MERGING = {"MatchTokens": schedule_match, "MergeTokens": schedule_merge}
 SCHEDULES = {"KeySelect": schedule_layer, **_MERGING}
-"""By operator; KeySelect stands for its layer."""
+"""Operator -> schedule of its launches; KeySelect stands for its whole layer."""
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Name of a tensor -> element type and shape, 1 where the batch is dynamic."""
+"""Name of a tensor -> element type and shape, with 1 for a dynamic batch."""
 
 
 class Group(NamedTuple):
-    """Nodes that are launched together, how, or why not; and of tokens that merge what is launched with it."""
+    """Nodes that are launched together.
+
+    Attributes:
+        nodes: The nodes.
+        schedule: Their schedule, or why there is none.
+        along: Sizes and places that are merged in the same launch.
+    """
 
     nodes: tuple[Any, ...]
     schedule: Schedule | str
@@ -66,24 +73,25 @@ def board_files(
     Writes `kernels/sm<N>.json` and `kernels/sm<N>/*.ptx`. Call it before the bundle is sealed.
 
     Args:
-        model: as in `model.onnx`.
-        name: of the model, for messages.
-        board: from `profiles.boards`.
-        folder: of the bundle.
-        dense: of its sparse layers, counted from 0, those that are taken to be faster with dense attention.
+        model: The model in `model.onnx`.
+        name: Name of the model, for messages.
+        board: Board from `profiles.boards`.
+        folder: Folder of the bundle.
+        dense: Sparse layers, counted from 0, that are expected to be faster with dense attention.
 
     Returns:
         An entry for the manifest, under `boards`.
 
     Raises:
-        ConfigError: the board has no GPU that the kernels are for, or the model nothing to compile.
+        ConfigError: The board has no GPU that the kernels support, or the model has nothing to compile.
         MissingExtraError: Triton is not installed.
-        BackendError: a kernel does not compile.
+        BackendError: A kernel does not compile.
     """
     nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in TRITON]
     if board.sm < LEAST_CAPABILITY:
         raise ConfigError(
-            f"{board.name} has no GPU that the kernels are for.", "Leave --board out: the bundle runs there without."
+            f"{board.name} has no GPU that supports the kernels.",
+            "Leave --board out: the bundle runs there without them.",
         )
     if not nodes:
         raise ConfigError(
@@ -100,7 +108,7 @@ def board_files(
         if isinstance(group.schedule, str):
             refused |= {node.name: group.schedule for node in group.nodes}
             continue
-        key = str(group.schedule)  # Layers of equal sizes share their launches.
+        key = str(group.schedule)  # Layers of equal sizes share launches.
         if key not in done:
             done[key] = _compile(group.schedule, board.sm, ptx_version, folder, table)
         _enter(group, types, done[key], table)
@@ -109,14 +117,15 @@ def board_files(
     if not table.nodes:
         raise ConfigError(
             f"No layer can be compiled: {next(iter(refused.values()))}.",
-            "Export with --precision fp16, and with --calibrate IMAGES where cells are too many; or leave --board out.",
+            "Export with --precision fp16, with --calibrate IMAGES if there are too many background tokens, or without "
+            "--board.",
         )
     (folder / table_file(board.sm)).write_text(dump_json(write_record(table)), encoding="utf-8")
     return BoardKernels(board.name, f"{board.sm / 10:.1f}", len(table.launches), len(table.nodes), refused)
 
 
 def _ptx_version(board: Board) -> int:
-    """What to write: the newest that the board's oldest supported JetPack takes, if it has one; times ten."""
+    """Return the PTX version (times ten) to write: the newest that the board's oldest supported JetPack accepts."""
     least = LEAST_PTX.get(board.sm, 85)
     for release in board.jetpack:
         if tuple(map(int, release.tensorrt.split(".")[:2])) >= OLDEST_TENSORRT:
@@ -125,16 +134,18 @@ def _ptx_version(board: Board) -> int:
 
 
 def _compile(schedule: Schedule, sm: int, ptx_version: int, folder: Path, table: KernelTable) -> list[str]:
-    """Write the code of a schedule's launches, enter them into the table; returns their names.
+    """Write the code of a schedule's launches, add them to the table and return their names.
 
-    A launch writes what is no input of the schedule and no launch before it has.
+    A launch writes buffers that are neither inputs of the schedule nor written by an earlier launch.
     """
     known, names = {name for name, buffer in schedule.buffers.items() if buffer.role == "input"}, []
     for step in schedule.launches:
         code = _compile_launch(schedule, step, sm, ptx_version)
         sides: tuple[dict[str, LaunchTensor], dict[str, LaunchTensor]] = ({}, {})
         for buffer in code.arguments:
-            shape = buffer.shape[1:] if buffer.name not in ("proj_q", "proj_k") else buffer.shape  # Without batch.
+            shape = (
+                buffer.shape[1:] if buffer.name not in ("proj_q", "proj_k") else buffer.shape
+            )  # Without the batch axis.
             tensor = LaunchTensor(cast(DType, buffer.dtype), shape)
             sides[buffer.name not in known][buffer.name] = tensor
         launch = CompiledLaunch(
@@ -160,11 +171,13 @@ def _compile(schedule: Schedule, sm: int, ptx_version: int, folder: Path, table:
 
 
 def bare_ptx(ptx: str, symbol: str, parameters: int) -> str:
-    """PTX without debugging information, which names files of the machine that compiled it, and without a compiler's
-    own parameters behind the kernel's, which no instruction reads and TensorRT does not pass.
+    """Strip debugging information and a compiler's extra parameters from PTX.
+
+    Debugging information names files of the machine that compiled it. No instruction reads the extra parameters, and
+    TensorRT does not pass them.
 
     Raises:
-        BackendError: there is no such kernel, or it reads a parameter that is left out.
+        BackendError: There is no such kernel, or it reads a parameter that is removed.
     """
     ptx = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{.*?\}\s*$", "", ptx, flags=re.MULTILINE | re.DOTALL)
     lines = [line for line in ptx.splitlines() if not re.match(r"\s*\.(loc|file)\s", line)]
@@ -182,7 +195,7 @@ def bare_ptx(ptx: str, symbol: str, parameters: int) -> str:
 
 
 def _compile_launch(schedule: Schedule, launch: Launch, sm: int, ptx_version: int) -> Compiled:
-    """A launch, in smaller blocks where TensorRT's plugins would refuse the shared memory that it takes."""
+    """Compile a launch, in smaller blocks if TensorRT's plugins would refuse its shared memory."""
     code = compile_launch(schedule, launch, sm, ptx_version)
     smaller = shorten(launch)
     if code.shared <= MOST_SHARED_BYTES or smaller is launch:
@@ -191,10 +204,13 @@ def _compile_launch(schedule: Schedule, launch: Launch, sm: int, ptx_version: in
 
 
 def _layers(model: onnx.ModelProto, nodes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Nodes that are launched together: a selection and the one attention that reads its lists; others alone."""
+    """Group nodes that are launched together: a selection and the one attention that reads its key lists.
+
+    All other nodes are alone.
+    """
 
     def same(one: Any, other: Any) -> bool:
-        """Sizes that are all 1 may be a constant each."""
+        """Return True for equal inputs; sizes that are all 1 may be separate constants."""
         sizes = one.input[1] == other.input[1] or not (has_sizes(model, one) or has_sizes(model, other))
         return bool(one.input[0] == other.input[0] and sizes and make_a_layer(_attributes(one), _attributes(other)))
 
@@ -212,7 +228,10 @@ def _layers(model: onnx.ModelProto, nodes: Sequence[Any]) -> list[tuple[Any, ...
 
 
 def launched_together(model: onnx.ModelProto, nodes: Sequence[Any], types: Types, sm: int) -> list[Group]:
-    """All of these nodes. Sizes and places go on in the launches that merge in every layer or in none."""
+    """Group all of these nodes.
+
+    Sizes and places are merged in the same launches in every layer or in none.
+    """
     groups = [Group(nodes, _schedule(model, nodes, types, sm)) for nodes in _layers(model, nodes)]
     merging = [group for group in groups if group.nodes[0].op_type in _MERGING]
     if any(isinstance(group.schedule, str) for group in merging):
@@ -233,7 +252,10 @@ def _attributes(node: Any) -> dict[str, Any]:
 
 
 def _tensor_types(model: onnx.ModelProto) -> Types:
-    """What the file states, and what follows; tensors with an axis other than the first unknown are left out."""
+    """Return the types that the file states or that follow.
+
+    Tensors with an unknown axis other than the first are left out.
+    """
     graph = onnx.shape_inference.infer_shapes(model).graph
     types = {t.name: (_element(t.data_type), tuple(t.dims)) for t in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
@@ -249,7 +271,7 @@ def _element(number: int) -> str:
 
 
 def _schedule(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm: int) -> Schedule | str:
-    """How nodes of a model are launched together, or why not."""
+    """Return the schedule of nodes that are launched together, or why there is none."""
     first = together[0]
     unknown = [name for name in first.input if name not in types]
     if unknown:
@@ -257,18 +279,18 @@ def _schedule(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm:
     shapes, dtype, attributes = [types[x][1] for x in first.input], types[first.input[0]][0], _attributes(first)
     reasons = refusals(first.op_type, attributes, shapes, dtype, sm)
     if first.op_type == "KeySelect" and len(together) == 1:
-        reasons.append("no single attention of the same sizes reads its lists")
+        reasons.append("its key lists are not read by exactly one attention of the same sizes")
     if reasons:
         return "; ".join(reasons)
-    # A layer reads no sizes where all are 1; what merges always reads them.
+    # A layer without merging reads no sizes; merging always reads them.
     sized = has_sizes(model, first) or first.op_type != "KeySelect"
     return SCHEDULES[first.op_type](shapes if sized else [shapes[0], *shapes[2:]], attributes, dtype)
 
 
 def _enter(group: Group, types: Types, launches: Sequence[str], table: KernelTable) -> None:
-    """The launches of nodes, with the model's names for inputs and outputs, and new names between them.
+    """Add the launches of nodes to the table, with the model's names for inputs and outputs and new names in between.
 
-    Of a layer, `attend` stands in the attention's place, and `merge` in that of MergeTokens.
+    In a layer, `attend` takes the attention's place, and `merge` that of MergeTokens.
     """
     together, along = group.nodes, group.along
     names: dict[str, str] = {}

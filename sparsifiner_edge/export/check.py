@@ -1,4 +1,4 @@
-"""The exported file against torch: outputs within tolerance, selections compared, several batch sizes run."""
+"""Check of an exported file against torch: outputs within tolerance, selections compared, several batch sizes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ from sparsifiner_edge.sparse.outputs import ALONE
 
 
 class _Limits(NamedTuple):
-    """What an output must keep to: greatest difference relative to its range, but for a share `beyond` of its elements;
-    least and mean cosine of its rows.
+    """Limits of an output.
+
+    Attributes:
+        error: Greatest difference relative to the output's range.
+        least: Lowest cosine of a row.
+        mean: Mean cosine of the rows.
+        beyond: Share of elements that may exceed `error`.
     """
 
     error: float
@@ -39,27 +44,30 @@ class _Limits(NamedTuple):
 
 
 SAME = _Limits(1e-3, 0.9999, 0.9999)
-"""Where both choose the same keys: only rounding differs (the operators' agreement rules)."""
+"""Limits with equal key selection, where only rounding differs (the operators' agreement rules)."""
 OTHERS = _Limits(5e-2, 0.99, 0.999)
-"""Where each chooses for itself and some keys are others: of two with equal scores either may be read, and the layers
-after it choose from what came of it; where landmarks are shared, all their rows do."""
+"""Limits if file and torch select keys themselves and some keys differ.
+
+Of two keys with equal scores either may be read, and later layers follow from that; with shared landmarks, all rows do.
+"""
 MAPS_OTHERS = _Limits(0.25, 0.99, 0.99)
-"""The same for what a decoder makes of such tokens: it answers as a whole, and may pass what differs through a steep
-function."""
+"""Limits for a decoder's output from such tokens: it depends on all of them, and may amplify differences."""
 MERGED_OTHERS = _Limits(5e-2, -1.0, 0.99, OTHER_TOKENS)
-"""Where some tokens that merge are others: the patches of such a pair have another token's features."""
+"""Limits if some tokens that merge differ: the patches of such a pair carry another token's features."""
 INT8_TOLERANCE = 5e-2
-"""Greatest difference of a session's outputs from the golden ones, of their range: processors round int8 otherwise."""
+"""Greatest difference from the golden outputs, relative to their range, for int8: processors round int8 differently."""
 INT8_HALF_TOLERANCE = 2e-1
-"""The same where the rest is float16: two versions of ONNX Runtime differ by .11 on a sparse DINOv2."""
-HALF_TOLERANCE, HALF_TOLERANCE_FREE = 2e-2, 5e-2
-"""In float16, which processors add up in different orders; the second where each session chooses keys or tokens."""
+"""The same if the rest is float16: two versions of ONNX Runtime differ by .11 on a sparse DINOv2."""
+HALF_TOLERANCE = 2e-2
+"""Tolerance in float16, which processors accumulate in different orders."""
+HALF_TOLERANCE_FREE = 5e-2
+"""Tolerance in float16 if each session selects keys or tokens itself."""
 FREE_TOLERANCE = 2e-2
-"""In fp32, where keys or tokens are chosen."""
+"""Tolerance in fp32 if keys or tokens are selected."""
 
 
 def smooth_images(size: ImageSize, batch: int = 1, seed: int = 0) -> npt.NDArray[np.uint8]:
-    """Smooth random images, uint8 [batch,height,width,3]: unlike white noise they look like images to a model."""
+    """Return smooth random images, uint8 [batch,height,width,3], which look more like images than white noise does."""
     rng, sides = np.random.default_rng(seed), height_width(size)
     total = torch.zeros(batch, 3, *sides, dtype=torch.float64)
     for cells in (2, 5, 11, 23):
@@ -72,17 +80,22 @@ def smooth_images(size: ImageSize, batch: int = 1, seed: int = 0) -> npt.NDArray
 def check_export(
     model: onnx.ModelProto, deployed: DeployedModel, size: ImageSize, batches: Sequence[int]
 ) -> tuple[Check, dict[str, Array]]:
-    """Run an exported model in ONNX Runtime and hold it against torch, twice: with the keys that the file chose, where
-    only rounding may differ, and with torch's own (`OTHERS`, if some of them are others).
+    """Run an exported model in ONNX Runtime and compare it with torch.
+
+    It is compared twice: with the keys that the file selected, where only rounding may differ, and with torch's own
+    (limits `OTHERS` if some keys differ).
 
     Args:
-        size: of the images. batches: batch sizes to run; the first gives the golden pair.
+        model: The exported model.
+        deployed: The module that it was exported from.
+        size: Size of the images.
+        batches: Batch sizes to run; the first gives the golden pair.
 
     Returns:
         The check, and the golden arrays "input.image" and "output.<name>" (torch's).
 
     Raises:
-        GateError: an output is beyond tolerance; names output, worst element and share of elements.
+        GateError: An output is beyond tolerance; names the output, the worst element and the share of elements.
     """
     sparse = any(node.domain == DOMAIN for node in model.graph.node)
     kernels = ("portable", "native") if sparse and native_library("auto") else ("portable",)
@@ -108,7 +121,7 @@ def check_export(
             looser = MERGED_OTHERS if matches else OTHERS
             _compare(free, results, expected, looser if others or missing else SAME, batch)
             allowed = OTHER_TOKENS * expected.get(POSITIONS, np.empty(0)).size
-            if missing > allowed:  # Of tokens that are pruned rounding may decide for others, but of few.
+            if missing > allowed:  # Rounding may decide which tokens are pruned, but only for a few.
                 what = f"At batch {batch} the file prunes {missing} tokens that torch keeps, allowed {allowed:.0f}."
                 raise GateError(what, "Nothing was written. Report this with the command.")
             pruned += missing
@@ -120,19 +133,21 @@ def check_export(
 
 
 def tolerances_of(check: Check, precision: str, int8_target: str, selects: bool) -> dict[str, float]:
-    """By output, the greatest difference relative to its range.
+    """Return the greatest allowed difference by output, relative to its range.
 
     Args:
-        check: what the file was found to give. precision, int8_target: see `ExportOptions`.
-        selects: whether it chooses keys or tokens.
+        check: Result of `check_export`.
+        precision: See `ExportOptions`.
+        int8_target: See `ExportOptions`.
+        selects: True if the file selects keys or tokens.
     """
     general = {
         "int8": INT8_HALF_TOLERANCE if int8_target == "tensorrt" else INT8_TOLERANCE,
         "fp16": HALF_TOLERANCE_FREE if selects else HALF_TOLERANCE,
     }.get(precision, SAME.error)
-    if precision == "fp32" and selects:  # The wide one only where the check itself met as much.
+    if precision == "fp32" and selects:  # Take the wide tolerance only if the check itself needed it.
         general = FREE_TOLERANCE if max(check.errors.values(), default=0) <= FREE_TOLERANCE else OTHERS.error
-    # A decoder's map may differ by as much as the check allowed it, where it met that.
+    # A decoder's map may differ by as much as the check allowed.
     wide = {name for name, error in check.errors.items() if name not in ALONE and error > FREE_TOLERANCE}
     return {name: max(general, MAPS_OTHERS.error) if name in wide else general for name in check.errors}
 
@@ -150,8 +165,8 @@ def _compare(
             continue
         allowed = MAPS_OTHERS if limits is not SAME and name not in ALONE else limits
         stats = agreement(name, results[name], reference, allowed.error)
-        near = stats.error <= allowed.error or stats.beyond <= allowed.beyond
-        if not (near and stats.cosine >= allowed.least and stats.mean >= allowed.mean):
+        within = stats.error <= allowed.error or stats.beyond <= allowed.beyond
+        if not (within and stats.cosine >= allowed.least and stats.mean >= allowed.mean):
             raise GateError(
                 f"Output {name!r} at batch {batch} differs from torch: at {list(stats.worst)} {stats.got:.6g} instead "
                 f"of {stats.expected:.6g} ({stats.error:.2e} of the range, allowed {allowed.error:.0e}; "
@@ -164,13 +179,13 @@ def _compare(
 
 
 def count_differing(a: Array, b: Array) -> int:
-    """Keys of `a` that `b` does not list, over index lists [...,K]."""
+    """Count the keys of `a` that `b` does not list, over index lists [...,K]."""
     pairs = zip(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), strict=True)
     return sum(len(np.setdiff1d(x, y, assume_unique=True)) for x, y in pairs)
 
 
 def _as_numbers(pairs: Array) -> Array:
-    """Pairs int32 [B,M,2] as one number each [B,M]."""
+    """Encode pairs int32 [B,M,2] as one number each [B,M]."""
     return pairs[..., 0].astype(np.int64) << 32 | pairs[..., 1]
 
 
@@ -181,9 +196,10 @@ def run_torch(
     lists: Sequence[Array] | None = None,
     pairs: Sequence[Array] | None = None,
 ) -> tuple[dict[str, Array], list[Array]]:
-    """Outputs, and what was chosen: the keys each sparse layer read, then the pairs each merging layer made.
+    """Run the module, and return its outputs and its choices.
 
-    With `lists` and `pairs`, one array a layer, the keys are those, and such tokens merge.
+    The choices are each sparse layer's keys, then each merging layer's pairs. With `lists` and `pairs`, one array per
+    layer, these keys are read and these tokens merge.
     """
     merging = [part for part in deployed.modules() if isinstance(part, Merging)]
     with _choices(sparse_layers(deployed), "indices", lists) as read, _choices(merging, "pairs", pairs) as matched:
@@ -194,7 +210,7 @@ def run_torch(
 
 @contextlib.contextmanager
 def _choices(parts: Sequence[nn.Module], method: str, fixed: Sequence[Array] | None) -> Iterator[list[Array]]:
-    """What a method of modules gives in the block, call by call; with `fixed`, it gives that instead."""
+    """Record what a method of modules returns in the block; with `fixed`, return that instead."""
     chosen: list[Array] = []
 
     def instead(part: nn.Module) -> Callable[..., torch.Tensor]:

@@ -21,14 +21,14 @@ from sparsifiner_edge.text import one_line
 class DeployedModel(nn.Module):
     """A vision transformer, or a module that contains one, that takes uint8 RGB images [B,H,W,3].
 
-    Normalisation is folded into the patch embedding where nothing else reads the pixels, layer scale into the linear
-    layers before it.
+    Normalisation is folded into the patch embedding if nothing else reads the pixels, layer scale into the preceding
+    linear layers.
 
     Attributes:
-        output_names: of a vision transformer alone "logits" and "features" if it is a classifier, "tokens" too where
-            wanted; else "features" and "tokens"; where tokens are pruned, "token_positions" follows "tokens". Of other
-            modules as named, or their own (see `outputs_of`), and tokens behind them likewise.
-        folded: whether normalisation is.
+        output_names: A classifier gives "logits" and "features", and "tokens" on request; any other vision transformer
+            "features" and "tokens". With pruned tokens, "token_positions" follows "tokens". Other modules give their
+            own outputs (see `outputs_of`), then tokens on request.
+        folded: True if normalisation is folded in.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class DeployedModel(nn.Module):
             fold_normalisation(backbone, pre)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """uint8 [B,H,W,3] -> the outputs, in the order of `output_names`."""
+        """Compute the outputs of uint8 images [B,H,W,3], in the order of `output_names`."""
         pixels = image.float().permute(0, 3, 1, 2)
         pixels = pixels if self.folded else self._normalise(pixels)
         outputs = self._outputs(pixels)
@@ -73,17 +73,17 @@ class DeployedModel(nn.Module):
             return list(self._outputs(some))
         except SparsifinerError:
             raise
-        # The module is the user's: what it raises is its own failure.
+        # The module is the user's: any exception is its own failure.
         except Exception as error:
             raise ConfigError(
                 f"{type(self.model).__name__} failed when it was called with images {list(some.shape)}: "
                 f"{type(error).__name__}: {one_line(error)}.",
-                "Give a module that takes images alone, in this size.",
+                "Give a module that takes only images, in this size.",
             ) from error
 
     @torch.no_grad()
     def _reads_pixels_alone(self, backbone: Backbone) -> bool:
-        """Whether the backbone gets what the module gets, and nothing else in the module reads it: tried."""
+        """Return True if the backbone gets exactly the module's input and nothing else reads it, as a trial shows."""
         generator = torch.Generator().manual_seed(0)
         some = torch.randint(256, (1, 3, *backbone.image_size), generator=generator).float()
         projection = backbone.embedding
@@ -100,13 +100,13 @@ class DeployedModel(nn.Module):
 
 
 def deploy(student: Student, tokens: bool = False) -> DeployedModel:
-    """A student's model as it is exported."""
+    """Return the module of a sparse model in the form that is exported."""
     return DeployedModel(student.model, student.normalisation, tokens, student.outputs)
 
 
 @torch.no_grad()
 def fold_normalisation(backbone: Backbone, pre: Normalisation) -> None:
-    """Let the patch embedding take pixels 0 to 255: its kernel has no padding, so the change is exact."""
+    """Let the patch embedding take pixels 0 to 255. Its kernel has no padding, so this is exact."""
     projection = backbone.embedding
     weight = projection.weight.double()
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (pre.mean, pre.std))

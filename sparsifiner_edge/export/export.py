@@ -1,4 +1,4 @@
-"""`export_bundle`: student or dense model -> bundle folder."""
+"""`export_bundle`: export a sparse or dense model to a bundle folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
 from sparsifiner_edge.config import Budget, SparsityConfig, require, require_lists
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
+from sparsifiner_edge.execution import INT8_TARGETS, WEIGHT_PRECISIONS
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.check import check_export, smooth_images, tolerances_of
 from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
@@ -31,7 +31,7 @@ from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import held_out_images, quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.export.stream import stream_of, write_stream
-from sparsifiner_edge.export.user_call import UserFunction, hold_against
+from sparsifiner_edge.export.user_call import UserFunction, compare_with_function
 from sparsifiner_edge.fitting import Fit, Framing, require_fit
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
 from sparsifiner_edge.ops.schema import DOMAIN
@@ -51,30 +51,32 @@ from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, loa
 from sparsifiner_edge.sparse.student_file import check_labels
 from sparsifiner_edge.text import printable
 
-_LABELS = "Give one name for each class, in their order."
+_LABELS = "Give one name per class, in the order of the logits."
 _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What a bundle's file is to be.
+    """Options of an export.
 
     Attributes:
-        precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
-            attention stays in float32, or for the target "tensorrt" becomes float16.
-        batch: a fixed batch size, or "dynamic".
-        tokens: also output the tokens of a classifier, or of what is in a model with a decoder; a vision transformer
-            without classifier always does.
-        calibrate: for int8 and boards: a folder of images like those that the model will see; at most 32 are used.
-        check: a function of yours, or its name, from an image uint8 [H,W,3], RGB of the file's size, to the model's
-            outputs by name (or the only one): the file must answer as it does; where that is sparse, int8 or float16,
-            the dense model must. data: for check: an image, or a folder of them; at most 32 are used.
-        int8_target: for int8, what will run it: "cpu" or "tensorrt".
-        labels: of the classes of the output "logits", in their order; none takes those that the model has.
-        boards: names or files of boards (see `profiles.boards`), or loaded ones, whose GPU kernels go into the bundle,
-            of float16; the student gets the tile and cells that suit them if those pass the gate (see `gpu_layout`).
-        fit: how `run` and `evaluate` bring images to the size unless told otherwise; see `fitting.Framing`.
-        stream: also write what computes of a camera's frames only what changed (see `Session.stream`).
+        precision: Weight precision: "fp32"; "fp16" with parts in float32 (see `fp16`); "int8" for the linear layers,
+            with attention in float32, or in float16 for the target "tensorrt".
+        batch: A fixed batch size, or "dynamic".
+        tokens: Also output the tokens of a classifier, or of the vision transformer in a model with a decoder. A vision
+            transformer without classifier always outputs them.
+        calibrate: For int8 and boards: folder of images like those that the model will see; at most 32 are used.
+        check: Your function, or its name, from an image uint8 [H,W,3] (RGB, the file's size) to the model's outputs by
+            name, or to the only output. The file must agree with it; if the file is sparse, int8 or float16, the dense
+            model must.
+        data: For check: an image or a folder of images; at most 32 are used.
+        int8_target: What will run an int8 file: "cpu" or "tensorrt".
+        labels: Class names of the output "logits", in order; empty takes the model's own.
+        boards: Names or files of boards (see `profiles.boards`), or loaded boards, for which float16 GPU kernels go
+            into the bundle. The model gets the tile and background tokens that suit them if those pass the gate (see
+            `gpu_layout`).
+        fit: Default of how `run` and `evaluate` bring images to the size; see `fitting.Framing`.
+        stream: Also write the files of a stream, which recomputes only the patches that changed (see `Session.stream`).
 
     Example:
         >>> ExportOptions(precision="int8", calibrate="images").batch
@@ -107,21 +109,22 @@ def export_bundle(
     options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Export a student folder, or a pretrained model as the dense baseline, to a bundle folder.
+    """Export a sparse model, or a pretrained model as the dense baseline, to a bundle folder.
 
     Args:
-        source: student folder, or a model (see `load_source`).
-        output: folder to write; an earlier bundle there is replaced.
-        model: how the source is loaded. budget: of a student.
-        options: what the file is to be.
-        progress: for int8; see `Progress`.
+        source: Folder of a sparse model, or a model (see `load_source`).
+        output: Folder to write; an earlier bundle there is replaced.
+        model: How the source is loaded.
+        budget: Settings that replace those of a sparse model.
+        options: Options of the export.
+        progress: Progress callback, for int8.
 
     Returns:
         The folder.
 
     Raises:
-        GateError: the file disagrees with torch, or fp16 or int8 with float32; nothing is written.
-        SparsifinerError: unusable input; nothing is written.
+        GateError: The file disagrees with torch, or fp16 or int8 with float32; nothing is written.
+        SparsifinerError: The input is unusable; nothing is written.
 
     Example:
         >>> folder = export_bundle("student", "sparse", options=ExportOptions(batch="dynamic"))
@@ -145,25 +148,26 @@ def export_model(
     options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Export a module in memory that contains a vision transformer, sparse or not, decoder and all, to a bundle folder.
+    """Export a module in memory that contains a vision transformer, with its decoder, to a bundle folder.
 
     Args:
-        module: called with images [B,3,H,W] alone, on the CPU.
-        example: such images, floating-point; their size is the bundle's.
-        output: folder to write; an earlier bundle there is replaced.
-        normalise: what the module expects of pixels / 255: (mean, std), three numbers each; False: nothing, it
-            normalises inside; None: what it declares as `image_mean` and `image_std`.
-        outputs: names of what it gives: of a dictionary some of its keys; None takes the module's own, and
-            what it may declare as `output_names`.
-        name: of the model, for people; None takes its class.
-        options: what the file is to be, for no boards. progress: for int8; see `Progress`.
+        module: Called with images [B,3,H,W] only, on the CPU.
+        example: Such images, floating-point; their size becomes the bundle's.
+        output: Folder to write; an earlier bundle there is replaced.
+        normalise: Normalisation that the module expects, for pixels from 0 to 1: (mean, std) with three numbers each;
+            False: it normalises itself; None: what it declares as `image_mean` and `image_std`.
+        outputs: Names of its outputs; for a dictionary some of its keys. None takes the module's own names, such as a
+            declared `output_names`.
+        name: Name of the model; None takes its class.
+        options: Options of the export, without boards.
+        progress: Progress callback, for int8.
 
     Returns:
         The folder.
 
     Raises:
-        GateError: the file disagrees with torch, or fp16 or int8 with float32; nothing is written.
-        SparsifinerError: unusable input; nothing is written.
+        GateError: The file disagrees with torch, or fp16 or int8 with float32; nothing is written.
+        SparsifinerError: The input is unusable; nothing is written.
 
     Example:
         >>> import torch
@@ -174,7 +178,11 @@ def export_model(
     target = Path(output)
     require_replaceable(target, "bundle")
     form = _form(options or ExportOptions())
-    require(not form.boards, "A module in memory is exported for no board.", "Write a student: `sparsify`.")
+    require(
+        not form.boards,
+        "A module in memory cannot be exported for a board.",
+        "Write a sparse model with `sparsify` first.",
+    )
     names = check_names(getattr(module, "output_names", None) if outputs is None else outputs)
     pixels = normalisation_of(module, f"This {type(module).__name__}", Normalisation.parse(normalise))
     backbone = backbone_of(module)
@@ -182,7 +190,7 @@ def export_model(
     height, width = (int(side) for side in example.shape[-2:])
     if (height, width) != backbone.image_size:
         raise ConfigError(
-            f"The example is of {size_text((height, width))} pixels, the model of {size_text(backbone.image_size)}.",
+            f"The example has {size_text((height, width))} pixels, the model {size_text(backbone.image_size)}.",
             "Give an example of the size that the model is used at.",
         )
     student = Student(
@@ -198,13 +206,21 @@ def export_student(
     base: FloatFile | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Export a student in memory; see `export_bundle`. base: its `float_file`, where that is there."""
+    """Export a sparse model in memory (see `export_bundle`); `base` is its `float_file`, if that exists."""
     return _export(student, output, _form(options), progress, base)
 
 
 class _Form(NamedTuple):
-    """Options, read; batch: None: dynamic; images calibrate int8 and judge the layout for boards, and `call` on `held`
-    the file.
+    """Parsed options.
+
+    Attributes:
+        options: The options.
+        batch: Batch size; None for a dynamic one.
+        images: Images that calibrate int8 and check the layout for boards.
+        labels: Class names.
+        boards: Loaded boards.
+        call: The user's function.
+        held: Images on which the file is compared with `call`.
     """
 
     options: ExportOptions
@@ -217,9 +233,9 @@ class _Form(NamedTuple):
 
 
 def _form(options: ExportOptions) -> _Form:
-    """Refuse what cannot be combined."""
+    """Parse the options and refuse those that do not go together."""
     precision, int8_target, calibrate = options.precision, options.int8_target, options.calibrate
-    choices = ("precision", precision, STORED_PRECISIONS), ("int8 target", int8_target, INT8_TARGETS)
+    choices = ("precision", precision, WEIGHT_PRECISIONS), ("int8 target", int8_target, INT8_TARGETS)
     for name, value, known in choices:
         require(value in known, f"{name} is {value!r}.", f"Choose one of: {', '.join(known)}.")
     if precision == "int8":
@@ -233,29 +249,32 @@ def _form(options: ExportOptions) -> _Form:
     loaded = [board if isinstance(board, Board) else load_board(board) for board in options.boards]
     half, fix = precision == "fp16" or int8_target == "tensorrt", "Choose fp16, or int8 with --int8-target tensorrt."
     require(half or not loaded, f"A board's kernels are for float16, not for {precision}.", fix)
-    both, fix = (options.check is None) == (options.data is None), "Give both: --check module:function --data IMAGES/."
-    require(both, "A file is checked against a function of yours on images.", fix)
+    check_ok, fix = (
+        (options.check is None) == (options.data is None),
+        "Give both: --check module:function --data IMAGES/.",
+    )
+    require(check_ok, "Checking a file requires both a function and images.", fix)
     call = import_object(options.check, NAME_IT) if isinstance(options.check, str) else options.check
     require(call is None or callable(call), f"{options.check} is a {type(call).__name__}.", "Name a function.")
-    images, held = (
+    images, check_images = (
         [] if folder is None else evenly(list_images(Path(folder)), MAX_CALIBRATION_IMAGES)
         for folder in (calibrate, options.data)
     )
-    single = not half and str(options.batch) == "1"
-    fix = "Leave --stream out, or those."
-    require(single or not options.stream, "A stream's files are of fp32 or int8 and batch 1.", fix)
+    stream_ok = not half and str(options.batch) == "1"
+    fix = "Leave --stream out, or change --precision and --batch."
+    require(stream_ok or not options.stream, "--stream requires fp32 or int8 for the CPU, and batch 1.", fix)
     batch, labels = options.batch, check_labels(list(options.labels), "The classes", _LABELS)
     size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
-    return _Form(options, size, images, labels, loaded, call, held)
+    return _Form(options, size, images, labels, loaded, call, check_images)
 
 
 def _export(
     student: Student, target: Path, form: _Form, progress: Progress | None, base: FloatFile | None = None
 ) -> Path:
-    """Check a student's file, then write the bundle."""
-    options, fix = form.options, "Check the model that it was made of: export MODEL --check .."
-    same = form.call is None or student.provenance.training is None
-    require(same, "A trained student is no longer the model that you would call.", fix)
+    """Check a model's file, then write the bundle."""
+    options, fix = form.options, "Check the model that it was made from: export MODEL --check .."
+    checkable = form.call is None or student.provenance.training is None
+    require(checkable, "A trained sparse model cannot be checked: its answers differ from your model's.", fix)
     original = student
     student, retiled = fit_to_gpus(student, form.images) if form.boards else (student, None)
     stream = stream_of(deploy(student, options.tokens), student.img_size) if options.stream else None
@@ -265,17 +284,17 @@ def _export(
     if form.call is not None:
         exact = options.precision == "fp32" and student.sparsity.is_dense
         images = {path: load_image(path, Framing(student.img_size, options.fit)) for path in form.held}
-        user_call = hold_against(form.call, images, student, file.model, options.tokens, exact)
-    # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
+        user_call = compare_with_function(form.call, images, student, file.model, options.tokens, exact)
+    # One line per label, whatever a folder's name contains, so that `Bundle.labels` and the metadata agree.
     classes = {output.name: output.type.tensor_type.shape.dim[-1].dim_value for output in file.model.graph.output}
     count = classes.get("logits", 0)
     require(len(form.labels) in (0, count), f"{len(form.labels)} labels for {count} classes.", _LABELS)
     known = class_labels if isinstance(model, TimmModel) else hugging_face.configured_labels
     named = form.labels or student.labels or (known(model) if count else ())
-    # A classifier inside may not be what answers.
+    # The answer may not come from the classifier inside.
     labels = [printable(name) for name in named] if len(named) == count else []
     onnx.helper.set_model_props(file.model, _metadata(student, file.deployed, labels))
-    like = (base.model, file.model) if options.precision == "int8" else ()
+    float_models = (base.model, file.model) if options.precision == "int8" else ()
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
         np.savez_compressed(folder / GOLDEN_FILE, **file.golden)
@@ -290,15 +309,22 @@ def _export(
             user_call=user_call,
             retiled=retiled,
             boards=kernels,
-            stream=stream and write_stream(stream, file.deployed.output_names, student.img_size, folder, like),
+            stream=stream and write_stream(stream, file.deployed.output_names, student.img_size, folder, float_models),
         )
         seal_bundle(folder, manifest)
     return target
 
 
 class FloatFile(NamedTuple):
-    """A student's file in float32, checked against torch, and its golden arrays: files of all precisions are made of
-    it, with what that cost.
+    """A model's file in float32, checked against torch, from which the files of all precisions are made.
+
+    Attributes:
+        deployed: The module.
+        model: The file.
+        check: Its check against torch.
+        golden: Golden arrays.
+        quantisation: Cost of int8, if it was converted.
+        float16: Cost of float16, if it was converted.
     """
 
     deployed: DeployedModel
@@ -310,10 +336,15 @@ class FloatFile(NamedTuple):
 
 
 def float_file(student: Student, tokens: bool, batch: int | None = 1) -> FloatFile:
-    """Export a student and check that. tokens: see `ExportOptions`. batch: None: dynamic.
+    """Export a model to float32 and check it.
+
+    Args:
+        student: The sparse model.
+        tokens: See `ExportOptions`.
+        batch: Batch size; None for a dynamic one.
 
     Raises:
-        GateError: the file disagrees with torch.
+        GateError: The file disagrees with torch.
     """
     deployed, size = deploy(student, tokens), student.img_size
     model = export_graph(deployed, size, batch, deployed.output_names)
@@ -321,7 +352,7 @@ def float_file(student: Student, tokens: bool, batch: int | None = 1) -> FloatFi
 
 
 def _file(size: ImageSize, base: FloatFile, form: _Form, progress: Progress | None) -> FloatFile:
-    """The same in fp16, or in int8 with the rest as its target wants it."""
+    """Convert the file to fp16, or to int8 with the rest as its target needs it."""
     model, golden, batches, options = base.model, base.golden, base.check.batches_run, form.options
     quantisation = float16 = judged = None
     if options.precision == "int8":
@@ -342,24 +373,24 @@ def _load(source: str | Path, options: ModelOptions, budget: Budget) -> Student:
     kind = kind_of(folder) if folder.is_dir() else None
     if kind is None:
         fix = "Make one with `sparsifiner-edge sparsify`."
-        require(budget.is_unchanged, f"--keep and --merge require a student, and {source} is none.", fix)
+        require(budget.is_unchanged, f"--keep and --merge require a sparse model, and {source} is not one.", fix)
         return load_source(str(source), options.file, options.img_size, options.normalisation)
     require_kind(folder, "student")
-    fix = "A student has its own weights; leave it out."
-    require(options.file is None, "--weights cannot be combined with a student.", fix)
+    fix = "A sparse model contains its weights; leave it out."
+    require(options.file is None, "--weights cannot be combined with a sparse model.", fix)
     refuse_normalisation(options.normalise)
     return load_student(folder, options.img_size, budget, options.trust)
 
 
 def model_shape(model: nn.Module) -> ModelShape:
-    """The sizes that decide a model's costs."""
+    """Return the sizes that decide a model's costs."""
     backbone = backbone_of(model)
     linear = [x for x in backbone.layers[0].mlp.modules() if isinstance(x, nn.Linear)]
     return ModelShape(
         depth=len(backbone.layers),
         heads=backbone.geometry.heads,
         width=backbone.width,
-        # A gated MLP has three matrices: it counts as one and a half times as wide.
+        # A gated MLP has three matrices and counts as 1.5 times as wide.
         hidden=round(sum(x.weight.numel() for x in linear) / (2 * backbone.width)),
         prefix=backbone.prefix,
         patches=backbone.patches,
@@ -375,14 +406,14 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
         "licence": str(licence or "see the weights' source"),
         "classes": "\n".join(labels),
     }
-    # GStreamer's onnxinference asks for a tensor id under each output's name.
+    # GStreamer's onnxinference requires a tensor id under each output's name.
     return entries | {name: f"sparsifiner-edge-{name}" for name in deployed.output_names}
 
 
 def _manifest(student: Student, file: FloatFile, options: ExportOptions) -> Manifest:
     size, shape, graph = student.img_size, model_shape(student.model), file.model.graph
     plan = plan_of(student.sparsity, shape.depth, shape.patches)
-    selects = not plan.is_dense  # Keys, tokens that stay, or pairs that merge.
+    selects = not plan.is_dense  # Selects keys, remaining tokens, or pairs to merge.
     return Manifest(
         schema_version=BUNDLE_SCHEMA,
         files={},

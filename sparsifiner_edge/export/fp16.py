@@ -1,16 +1,16 @@
-"""float16: an exported float32 file becomes one whose products and activations are float16, with islands of float32.
+"""Conversion of an exported float32 file to float16, with parts in float32.
 
     image -> patch embedding (normalisation is folded into it)        float32
     LayerNormalization, Softmax, means, powers, roots                 float32
     MatMul, Gemm, Gelu, residual additions, the operators' qkv        float16
-    what goes into int8 products and comes out of them                float16
+    inputs and outputs of int8 products                               float16
     sums and softmax of token scores                                  float32
-    selection scores, softmax inside the bodies                       float32 (the bodies cast by themselves)
+    selection scores, softmax inside the function bodies              float32 (the bodies cast by themselves)
     outputs                                                           float32
 
-One walk over the graph decides each node's type and puts a Cast where two meet. `onnxruntime.transformers.float16`
-does this for standard operators, but gives ours float16 sizes, and would rank the scores of a pruned model in float16,
-where small probabilities tie.
+One walk over the graph decides each node's type and inserts a Cast where two types meet.
+`onnxruntime.transformers.float16` does this for standard operators, but gives ours float16 sizes, and would rank the
+scores of a pruned model in float16, where small probabilities tie.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from sparsifiner_edge.export.reference import LEAST_FREE_COSINE, Reference, mean
 from sparsifiner_edge.export.sessions import with_outputs
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
-SINGLE, HALF = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
+SINGLE = int(TensorProto.FLOAT)
+"""ONNX code of float32."""
+HALF = int(TensorProto.FLOAT16)
+"""ONNX code of float16."""
 LEAST_ROW_COSINE = 0.999
-"""Gate: least cosine of any row of any output to the float32 file, where tokens merge with that file's matches."""
+"""Gate: lowest cosine of any row of any output to the float32 file, with that file's matches if tokens merge."""
 LEAST_ROW_COSINE_INT8 = 0.99
-"""The same for a file with int8 products: a value near the middle between two steps falls on either side."""
+"""The same for a file with int8 products: a value near the middle between two steps may round either way."""
 LARGEST = float(np.finfo(np.float16).max)
 _IN_SINGLE = frozenset(
     {
@@ -73,26 +76,26 @@ _IN_HALF = frozenset(
 def to_fp16(
     model: onnx.ModelProto, images: Sequence[Array], free_images: Sequence[Array] | None = None
 ) -> tuple[onnx.ModelProto, Float16]:
-    """Make a float16 file of an exported float32 file, or of one with int8 products, which stay.
+    """Convert an exported float32 file, or one with int8 products (which stay), to float16.
 
     Args:
-        model: left as it is.
-        images: uint8 [B,H,W,3]; both files are run on them, by their bodies, and compared (see `reference`).
-        free_images: where tokens merge, what the file's own matches are judged on; None: `images`.
+        model: The file; it is not changed.
+        images: uint8 [B,H,W,3]; both files run on them through function bodies and are compared (see `reference`).
+        free_images: Images on which the file's own matches are checked if tokens merge; None takes `images`.
 
     Returns:
         The file, and how close it is.
 
     Raises:
-        GateError: a weight or an activation is beyond float16, or an output is too far from float32.
+        GateError: A weight or an activation exceeds float16, or an output is too far from float32.
     """
     converted, fix = convert(model), "Export fp32, or int8 with --int8-target cpu."
-    # In the float32 file: ONNX Runtime's CPU computes float16 products in float32, and passes what overflows on to the
-    # next node unharmed.
+    # Check the float32 file: ONNX Runtime's CPU computes float16 products in float32, and passes overflows on to the
+    # next node unnoticed.
     reference = Reference(_with_magnitudes(model, converted.halves), images, "portable")
     magnitudes = [(float(x[f"{name}_largest"]), name) for x in reference.outputs for name in converted.halves]
     largest, where = max(magnitudes, default=(0.0, "none"))
-    if not largest <= LARGEST:  # Written so that NaN fails.
+    if not largest <= LARGEST:  # `not <=` also catches NaN.
         what = f"Activations of {where!r} reach {largest:.3g}, beyond float16 ({LARGEST:.0f})."
         raise GateError(what, f"Nothing was written. {fix}")
     rows, free = reference.rows(converted.model), dict[str, float]()
@@ -102,12 +105,18 @@ def to_fp16(
         free = mean_cosines(judged.rows(converted.model, free=True))
     int8 = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     require_cosines(cosines, LEAST_ROW_COSINE_INT8 if int8 else LEAST_ROW_COSINE, "float16", "", fix)
-    require_cosines(free, LEAST_FREE_COSINE, "float16", " on average, where its own matches merge", fix)
+    require_cosines(free, LEAST_FREE_COSINE, "float16", " on average, with its own merge matches", fix)
     return converted.model, Float16(cosines, free, converted.counts[HALF], converted.counts[SINGLE])
 
 
 class _Converted(NamedTuple):
-    """A float16 file, unchecked; how many nodes compute in each type; what nodes make in float16 of an image."""
+    """A float16 file that was not checked yet.
+
+    Attributes:
+        model: The file.
+        counts: Number of nodes that compute in each type.
+        halves: Names of float16 tensors that depend on the image.
+    """
 
     model: onnx.ModelProto
     counts: dict[int, int]
@@ -115,7 +124,7 @@ class _Converted(NamedTuple):
 
 
 def convert(model: onnx.ModelProto) -> _Converted:
-    """Make the file without running it."""
+    """Convert the file without running it."""
     walk = _Walk(model)
     for node in model.graph.node:
         walk.visit(node)
@@ -125,18 +134,18 @@ def convert(model: onnx.ModelProto) -> _Converted:
         if walk.types.get(value.name) == HALF:
             value.type.tensor_type.elem_type = HALF
     for output in half.graph.output:
-        walk.give_back(output)
+        walk.restore_output(output)
     half.graph.initializer.extend(walk.initialisers)
     half.graph.node.extend(walk.nodes)
     return _Converted(half, walk.counts, walk.halves())
 
 
 class _Walk:
-    """Nodes and weights of the new graph, in order, and the type of every float tensor so far.
+    """Walk that collects the nodes and weights of the new graph, and the type of every float tensor so far.
 
     Attributes:
-        types: name -> SINGLE or HALF, of float tensors that nodes made. Weights have no type until one reads them.
-        counts: nodes that compute in each type.
+        types: Name -> SINGLE or HALF for float tensors that nodes made. Weights have no type until a node reads them.
+        counts: Number of nodes that compute in each type.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -149,7 +158,7 @@ class _Walk:
         self._names: dict[tuple[str, int], str] = {}
 
     def visit(self, node: onnx.NodeProto) -> None:
-        """Append the node, and before it the casts that it needs."""
+        """Append the node, preceded by the casts that it needs."""
         copied = copy.deepcopy(node)
         floats = [name for name in node.input if name in self.types or name in self.weights]
         kind = SINGLE
@@ -162,9 +171,9 @@ class _Walk:
         self.types |= {name: kind for name in node.output if name in self.floats}
 
     def halves(self) -> list[str]:
-        """Names of what is float16 and not the same for every image.
+        """Names of float16 tensors that depend on the image.
 
-        Weights of int8 stay out, which must not be read twice (see `export.int8`).
+        Int8 weights are left out: they must not be read twice (see `export.int8`).
         """
         stored = {tensor.name for tensor in self.initialisers}
         fixed = {n.output[0] for n in self.nodes if n.op_type == "DequantizeLinear" and n.input[0] in stored}
@@ -175,24 +184,24 @@ class _Walk:
             return HALF
         present = {self.types[name] for name in floats if name in self.types}
         if node.op_type in _IN_SINGLE or not present:
-            # Where it reads weights alone, as Expand of the class token does, it keeps their type.
+            # A node that reads only weights, such as Expand of the class token, keeps their type.
             return SINGLE
         if node.op_type == "Add" and HALF in present:
-            return HALF  # Residuals, and biases.
+            return HALF  # Residuals and biases.
         return SINGLE if SINGLE in present else HALF
 
     def _as(self, name: str, kind: int) -> str:
-        """The tensor's name in a type; a weight is stored in it, anything else cast.
+        """Return the tensor's name in a type; a weight is stored in it, anything else is cast.
 
         Raises:
-            GateError: a weight is beyond float16.
+            GateError: A weight exceeds float16.
         """
         if (name, kind) not in self._names:
             self._names[name, kind] = self._weight(name, kind) if name in self.weights else self._cast(name, kind)
         return self._names[name, kind]
 
     def _weight(self, name: str, kind: int) -> str:
-        """Where it is read in both types, the first keeps its name."""
+        """Return the name of a weight in a type; if it is read in both types, the first keeps its name."""
         both = (name, SINGLE if kind == HALF else HALF) in self._names
         stored = _name_in(name, kind) if both else name
         values = numpy_helper.to_array(self.weights[name])
@@ -214,8 +223,8 @@ class _Walk:
         self.nodes.append(onnx.helper.make_node("Cast", [name], [cast], name=f"node_{cast}", to=kind))
         return cast
 
-    def give_back(self, output: onnx.ValueInfoProto) -> None:
-        """Let a float output be float32 under its own name."""
+    def restore_output(self, output: onnx.ValueInfoProto) -> None:
+        """Make a float output float32 under its own name."""
         name = output.name
         if self.types.get(name) != HALF:
             return
@@ -227,7 +236,7 @@ class _Walk:
 
 
 def _input_types(node: onnx.NodeProto, kind: int) -> list[int]:
-    """The type of each input of a node that computes in `kind`; what a schema has in float32 alone stays so."""
+    """Return the type of each input of a node that computes in `kind`; float32-only inputs stay float32."""
     if node.domain != DOMAIN:
         return [kind] * len(node.input)
     return [SINGLE if tensor.dtypes == ("float32",) else kind for tensor in OPERATORS[node.op_type].inputs]
@@ -238,7 +247,7 @@ def _name_in(name: str, kind: int) -> str:
 
 
 def _float_tensors(model: onnx.ModelProto) -> set[str]:
-    """Names of all float32 tensors that nodes make."""
+    """Return the names of all float32 tensors that nodes make."""
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False)
     values = [*inferred.graph.value_info, *inferred.graph.output]
     known = {v.name: v.type.tensor_type.elem_type for v in values}
@@ -249,7 +258,7 @@ def _float_tensors(model: onnx.ModelProto) -> set[str]:
 
 
 def _with_magnitudes(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """The file with the greatest magnitude of these tensors as further outputs."""
+    """Return the file with the greatest magnitude of these tensors as further outputs."""
     largest = [f"{name}_largest" for name in names]
     probed = with_outputs(model, largest)
     for name, output in zip(names, largest, strict=True):

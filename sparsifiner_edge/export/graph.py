@@ -1,4 +1,4 @@
-"""From a module to an ONNX file: nodes of the domain `sparsifiner`, their bodies, metadata, and structural checks."""
+"""From a module to an ONNX file: nodes of the domain `sparsifiner`, function bodies, metadata and structural checks."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from sparsifiner_edge.sparse.attention import PackedAttention, SparseAttention
 from sparsifiner_edge.sparse.hosts import backbones
 
 IR_VERSION = 10
-"""The newest that ONNX Runtime 1.21 and GStreamer 1.26's onnxinference load."""
+"""Newest IR version that ONNX Runtime 1.21 and GStreamer 1.26's onnxinference load."""
 DYNAMIC = "batch"
+"""Name of the dynamic batch axis."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's exporter says which modules a node comes from, outermost first, and last a name of its own."""
+"""Metadata in which torch's exporter names the modules of a node, outermost first, and last the node itself."""
 
 
 def export_graph(module: nn.Module, size: ImageSize, batch: int | None, outputs: list[str]) -> onnx.ModelProto:
-    """Export a module that takes `image` uint8 [B,H,W,3] of a size; batch: None for a dynamic one.
+    """Export a module that takes `image` uint8 [B,H,W,3] of a size; `batch` None is dynamic.
 
     Raises:
-        ConfigError: more keys than TensorRT's TopK takes.
-        GateError: the file holds something a runtime would choke on.
+        ConfigError: It reads more keys than TensorRT's TopK takes.
+        GateError: The file holds something that a runtime cannot load.
     """
     _check_keys(module)
-    # Traced with two images where the batch is dynamic: one would be taken for a constant.
+    # A dynamic batch is traced with two images: a single one would become a constant.
     example = torch.zeros(batch or 2, *height_width(size), 3, dtype=torch.uint8)
     shapes = {"image": {0: torch.export.Dim(DYNAMIC)}} if batch is None else None
     model = to_onnx(module, {"image": example}, outputs, shapes)
@@ -50,7 +51,7 @@ def export_graph(module: nn.Module, size: ImageSize, batch: int | None, outputs:
 def to_onnx(
     module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: list[str], shapes: dict[str, Any] | None = None
 ) -> onnx.ModelProto:
-    """What torch exports, with the bodies of our operators; shapes: dynamic axes of the inputs."""
+    """Export a module with torch and add our function bodies; `shapes` gives dynamic axes of inputs."""
     with warnings.catch_warnings(), torch.no_grad():
         # Deprecations inside torch's exporter concern its own calls.
         warnings.simplefilter("ignore", FutureWarning)
@@ -85,8 +86,9 @@ def _check_keys(module: nn.Module) -> None:
 
 
 def tidy(model: onnx.ModelProto, module: nn.Module) -> None:
-    """Drop what only the exporter of a module needs, and inputs that nothing reads; put the Cast of the image first: a
-    dynamic batch has a Shape before it.
+    """Remove what only the exporter needs and unused inputs, and put the Cast of the image first.
+
+    A dynamic batch has a Shape before that Cast.
     """
     names, read = _Names.of(module), {name for node in model.graph.node for name in node.input}
     for value in [value for value in model.graph.input if value.name not in read]:
@@ -110,13 +112,14 @@ def tidy(model: onnx.ModelProto, module: nn.Module) -> None:
 
 
 class _Names(NamedTuple):
-    """Names of modules in names of nodes: layers are "blocks.3" and their attention "blocks.3.attn", whatever the host
-    calls them; what lies outside of the backbone, if anything does, is "decoder.".
+    """Names of modules in node names: layers are "blocks.3" and their attention "blocks.3.attn" in every host library.
+
+    Everything outside the backbone is "decoder.".
 
     Attributes:
-        backbone: name of the backbone in the deployed model, with a dot; "" where it is that model.
-        layers: name of its list of layers. packed: attentions that make q, k and v by one product, whose weights may be
-            of several modules.
+        backbone: Name of the backbone in the deployed model, with a dot; "" if it is that model.
+        layers: Name of its list of layers.
+        packed: Attentions that compute q, k and v in one product, whose weights may come from several modules.
     """
 
     backbone: str
@@ -125,7 +128,7 @@ class _Names(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> _Names:
-        """Of a module that holds what is deployed as `model`."""
+        """Return the names for a module that holds the deployed module as `model`."""
         (path, backbone) = next(iter(backbones(module).items()), ("", None))
         if backbone is None:
             return cls("", "blocks", frozenset())
@@ -135,7 +138,7 @@ class _Names(NamedTuple):
         return names._replace(packed=packed)
 
     def rename(self, scope: str) -> str:
-        """What the name of a module becomes."""
+        """Return the new name of a module."""
         name = scope.removeprefix("model.")
         if f"{name}." == self.backbone:
             return ""
@@ -146,11 +149,11 @@ class _Names(NamedTuple):
 
 
 def _name_nodes(graph: onnx.GraphProto, names: _Names) -> None:
-    """Name each node by its module and operator, such as "blocks.3.mlp.fc1.MatMul"; times per layer go by that."""
+    """Name each node by module and operator, such as "blocks.3.mlp.fc1.MatMul"; times per layer rely on it."""
     weights, taken = {tensor.name for tensor in graph.initializer}, collections.Counter[str]()
     paths: dict[str, str] = {}
     for node in graph.node:
-        # What the exporter's own rewriting made says nothing, and is where its input is.
+        # Nodes from the exporter's own rewriting have no scope; they belong to the module of their input.
         path = _module(node, names) if node.metadata_props else paths.get(node.input[0], "")
         if path in names.packed and node.op_type in ("MatMul", "Gemm", "Add") and weights.intersection(node.input):
             path = f"{path}.qkv"
@@ -161,14 +164,14 @@ def _name_nodes(graph: onnx.GraphProto, names: _Names) -> None:
 
 
 def _module(node: onnx.NodeProto, names: _Names) -> str:
-    """The innermost module that a node comes from, such as "blocks.3.mlp.fc1"; "" for the model itself."""
+    """Return the innermost module of a node, such as "blocks.3.mlp.fc1"; "" for the model itself."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
     modules = [scope[scope.find("model.") :] for scope in ast.literal_eval(scopes)[:-1] if "model." in scope]
     return names.rename(modules[-1]) if modules else ""
 
 
 def add_bodies(model: onnx.ModelProto) -> None:
-    """Append the body of every operator of the domain that the graph uses, and import the domain."""
+    """Append the function body of every operator of our domain that the graph uses, and import the domain."""
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     for name in sorted({node.op_type for node in nodes}):
         uses = [node for node in nodes if node.op_type == name]
@@ -187,7 +190,7 @@ def _structure(node: onnx.NodeProto, merged: bool) -> Structure:
     values: Mapping[str, int] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     return Structure(
         prefix=values.get("num_prefix", 0) > 0,
-        cells=values.get("cell", 0) > 0,
+        background_tokens=values.get("key_pool", 0) > 0,
         prefix_keys=bool(values.get("prefix_keys", 1)),
         merged=merged,
     )
@@ -197,7 +200,7 @@ def check_structure(model: onnx.ModelProto) -> None:
     """Refuse what old or small runtimes cannot load.
 
     Raises:
-        GateError: a foreign domain, or a scatter that adds up.
+        GateError: There is a foreign domain, or a scatter with a reduction.
     """
     problems = [f"domain {entry.domain!r}" for entry in model.opset_import if entry.domain not in ("", DOMAIN)]
     problems += [f"a {node.op_type} node ({node.name})" for node in all_nodes(model) if _adds_up(node)]
@@ -206,6 +209,6 @@ def check_structure(model: onnx.ModelProto) -> None:
 
 
 def _adds_up(node: onnx.NodeProto) -> bool:
-    """Whether a node scatters with a reduction, or in a way that not every engine has."""
+    """Return True if a node scatters with a reduction, or in a way that not every engine supports."""
     replaces = not any(entry.name == "reduction" and entry.s not in (b"", b"none") for entry in node.attribute)
     return "Scatter" in node.op_type and not (node.op_type == "ScatterElements" and replaces)

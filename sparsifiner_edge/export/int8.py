@@ -1,9 +1,9 @@
-"""int8 linear layers: an exported float32 file becomes one with QDQ nodes around its matrix products.
+"""int8 linear layers: QDQ nodes around the matrix products of an exported float32 file.
 
-Quantisation itself is ONNX Runtime's static quantiser (MinMax: the outliers of DINO's activations carry
-information, and percentiles lose them), after channels far larger than the rest were evened out. Attention,
-normalisation and everything else stay in float32. Layers that hurt are found by measuring and stay in float32 too;
-images that were not calibrated on decide (see `reference`).
+The quantiser is ONNX Runtime's static one (MinMax: the outliers of DINO's activations carry information that
+percentiles would cut), after channels far larger than the rest were equalised. Attention, normalisation and everything
+else stay in float32. Layers that hurt are found by measurement and stay in float32 too; images that were not used for
+calibration decide (see `reference`).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from sparsifiner_edge.ops.graph import tidy
 from sparsifiner_edge.progress import Progress
 
 LEAST_MEAN_COSINE = 0.99
-"""Gate: mean cosine of every output's rows to the float32 file, over images that were not calibrated on."""
+"""Gate: mean cosine of every output's rows to the float32 file, over images that were not used for calibration."""
 LEAST_WEIGHT = 1e-5
-"""Share of a layer's largest weight below which a channel counts as not read when channels are evened out."""
+"""Share of a layer's largest weight below which a channel counts as unused when channels are equalised."""
 GOAL_COSINE = 0.997
-"""Below this, the layers that hurt most are put back to float32, one after the other."""
+"""Cosine below which the layers that hurt most are returned to float32, one after the other."""
 MAX_FLOAT_SHARE = 0.25
-"""Share of the linear layers that may be put back."""
+"""Maximum share of the linear layers that may be returned to float32."""
 
 
 def held_out_images(images: Sequence[Array]) -> list[Array]:
-    """Of the images that a file is quantised with, every third: those it is judged on; all where there are few."""
+    """Return every third of the calibration images, on which the file is checked; all of them if there are few."""
     return list(images[2::3]) or list(images)
 
 
@@ -49,22 +49,22 @@ def quantise(
     progress: Progress | None = None,
     goal: float = GOAL_COSINE,
 ) -> tuple[onnx.ModelProto, Quantisation]:
-    """Quantise the linear layers of an exported float32 file: each MatMul by a weight; a head that became Gemm stays.
+    """Quantise the linear layers of an exported float32 file: each MatMul by a weight (a head that became Gemm stays).
 
     Args:
-        model: left as it is.
-        images: uint8 [B,H,W,3]; every third is held out and decides, if there are at least three.
-        int8_target: one of `execution.INT8_TARGETS`.
-        progress: see `Progress`.
-        goal: cosine of the outputs below which layers are put back to float32.
+        model: The file; it is not changed.
+        images: uint8 [B,H,W,3]; every third is held out for the check, if there are at least three.
+        int8_target: One of `execution.INT8_TARGETS`.
+        progress: Progress callback.
+        goal: Cosine of the outputs below which layers are returned to float32.
 
     Returns:
-        The file, and what was found.
+        The file and the report.
 
     Raises:
-        ConfigError: no images.
-        GateError: an output is further from the float32 file than `LEAST_MEAN_COSINE` or `LEAST_FREE_COSINE` allows,
-            whatever is put back.
+        ConfigError: There are no images.
+        GateError: An output is further from the float32 file than `LEAST_MEAN_COSINE` or `LEAST_FREE_COSINE` allows,
+            whatever is returned to float32.
     """
     if not images:
         raise ConfigError("There are no images to calibrate with.", "Give a folder of images with --calibrate.")
@@ -78,37 +78,41 @@ def quantise(
     def measure(restored: Sequence[str], count: int | None = None, free: bool = False) -> dict[str, float]:
         return mean_cosines(reference.rows(_restore(full, source, restored), free, count))
 
-    restored = _layers_that_hurt(measure, layers, goal, progress)
+    restored = _sensitive_layers(measure, layers, goal, progress)
     free: dict[str, float] = measure(restored, free=True) if reference.merges else {}
     if free and min(free.values()) < LEAST_FREE_COSINE:
-        more = _layers_that_hurt(functools.partial(measure, free=True), layers, LEAST_FREE_COSINE, progress)
+        more = _sensitive_layers(functools.partial(measure, free=True), layers, LEAST_FREE_COSINE, progress)
         restored = list(dict.fromkeys([*restored, *more]))
         free = measure(restored, free=True)
     cosines, fix = measure(restored), "Calibrate with more images like those it will see, or export fp32."
     how = f", with {len(restored)} of {len(layers)} linear layers left in float32"
     require_cosines(cosines, LEAST_MEAN_COSINE, "int8", how, fix)
-    require_cosines(free, LEAST_FREE_COSINE, "int8", f", where its own matches merge{how}", fix)
+    require_cosines(free, LEAST_FREE_COSINE, "int8", f", with its own merge matches{how}", fix)
     report = Quantisation(cosines, free, len(layers) - len(restored), tuple(restored), len(calibrated), len(judged_on))
     return _restore(full, source, restored), report
 
 
 def quantise_fully(model: onnx.ModelProto, inputs: Sequence[Array]) -> onnx.ModelProto:
-    """A file with all of its linear layers in int8, for the processor, behind no gate: it takes as long as a good one.
+    """Quantise all linear layers for the CPU without a gate, for timing only.
 
-    inputs: of the name `image`.
+    Args:
+        model: The file.
+        inputs: Images for the input `image`.
     """
     source, layers = _prepare(model)
     return _quantise_all(source, layers, inputs, symmetric=False)
 
 
 def quantise_like(model: onnx.ModelProto, source: onnx.ModelProto, quantised: onnx.ModelProto) -> onnx.ModelProto:
-    """Another float32 file of the same weights, with those of its linear layers in int8 that a quantised one has so.
+    """Quantise a float32 file in the layers in which another file with the same weights is int8.
 
     Args:
-        model: left as it is. source: the float32 file that `quantised` was made of; layers are told by their weights.
+        model: The file; it is not changed.
+        source: The float32 file from which `quantised` was made; layers are identified by their weights.
+        quantised: The file with int8 layers.
 
     Raises:
-        GateError: a linear layer is none of theirs.
+        GateError: A linear layer belongs to neither.
     """
     result, layers = _prepare(model)
     held = {tensor.name: tensor for tensor in source.graph.initializer}
@@ -125,7 +129,7 @@ def quantise_like(model: onnx.ModelProto, source: onnx.ModelProto, quantised: on
     nodes, extra = list[onnx.NodeProto](), dict[str, onnx.TensorProto]()
 
     def take(name: str) -> str:
-        """A constant of theirs, under a name of its own."""
+        """Copy a constant of the other file under a new name."""
         if not name:
             return name
         constant = extra[name] = copy.deepcopy(constants[name])
@@ -135,13 +139,13 @@ def quantise_like(model: onnx.ModelProto, source: onnx.ModelProto, quantised: on
     for node in result.graph.node:
         same = names.get(numpy_helper.to_array(weights[node.input[1]]).tobytes(), []) if node.name in layers else []
         if node.name in layers and (not same or (readers[node.input[0]] > 1 and node.input[0] in before)):
-            raise GateError(f"{node.name} of a stream is no layer of the bundle's file.", "Export fp32.")
-        twin = theirs[same.pop(0)] if same else None  # Of equal weights in the order of the file.
-        # What was put back to float32 reads no dequantised values.
+            raise GateError(f"Layer {node.name} of the stream is missing in the bundle's model.", "Export fp32.")
+        twin = theirs[same.pop(0)] if same else None  # Equal weights are matched in the order of the file.
+        # Layers that were returned to float32 read no dequantised values.
         if twin is not None and producers.get(twin.input[1], twin).op_type == "DequantizeLinear":
             read, weight = (producers[name] for name in twin.input)
             rounded = producers[read.input[0]]
-            if (norm := before.get(node.input[0])) is not None:  # Evened out with the weights that it is before.
+            if (norm := before.get(node.input[0])) is not None:  # Equalised together with the weights that follow.
                 norm.input[1:] = [take(name) for name in producers[rounded.input[0]].input[1:]]
             for number, (kind, original, inputs) in enumerate(
                 (
@@ -163,24 +167,28 @@ def quantise_like(model: onnx.ModelProto, source: onnx.ModelProto, quantised: on
     return result
 
 
-def _layers_that_hurt(
+def _sensitive_layers(
     measure: Callable[..., dict[str, float]], layers: list[str], goal: float, progress: Progress | None
 ) -> list[str]:
-    """Names of the layers to put back to float32, the worst first, until the outputs reach the goal.
+    """Return the names of the layers to return to float32, the worst first, until the outputs reach the goal.
 
-    measure: (layers in float32, number of images to judge by) -> cosines of the outputs.
+    Args:
+        measure: (layers in float32, number of images) -> cosines of the outputs.
+        layers: Names of the linear layers.
+        goal: Cosine to reach.
+        progress: Progress callback.
     """
 
     def step(done: int) -> None:
         if progress:
-            progress("int8: finding layers that hurt", done, len(layers) + 2)
+            progress("int8: finding sensitive layers", done, len(layers) + 2)
 
     step(1)
     restored: list[str] = []
     if min(measure(restored).values()) < goal:
         harm = {}
         for number, name in enumerate(layers):
-            # One image ranks the layers; all that are held out decide how many of them are put back.
+            # One image ranks the layers; all held-out images decide how many are returned to float32.
             harm[name] = min(measure([other for other in layers if other != name], 1).values())
             step(2 + number)
         for name in sorted(harm, key=lambda layer: harm[layer])[: int(MAX_FLOAT_SHARE * len(layers))]:
@@ -192,11 +200,11 @@ def _layers_that_hurt(
 
 
 def _prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy whose biases have shape [1,1,N] and whose linear layers have weights of their own, and the layers' names.
+    """Return a copy with biases of shape [1,1,N] and separate weights for each linear layer, and the layers' names.
 
-    ONNX Runtime turns MatMul and a bias of shape [N] into Gemm, with which its int8 product does not fuse; and of a
-    weight that two layers read it cannot make uint8 (1.32: "attempt to replace the existing tensor"), as
-    `session_options` has it do where products saturate.
+    ONNX Runtime turns MatMul and a bias of shape [N] into Gemm, with which its int8 product does not fuse. It also
+    cannot make a weight that two layers read uint8 (1.32: "attempt to replace the existing tensor"), which
+    `session_options` requests where products saturate.
     """
     source = copy.deepcopy(model)
     weights = {tensor.name: tensor for tensor in source.graph.initializer}
@@ -220,10 +228,10 @@ def _prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
 
 
 def _equalise(source: onnx.ModelProto, layers: Sequence[str], images: Sequence[Array]) -> None:
-    """Move what channels differ in from a normalisation's output into the weights of the layer that reads it, in place.
+    """Move scale differences between channels from a normalisation into the weights of the next layer, in place.
 
     SmoothQuant (Xiao et al. 2023, equation 4, alpha 0.5): int8 has one scale for all channels of an input, and single
-    channels of a ViT's first normalisations exceed all others several times.
+    channels of a ViT's first normalisations are several times larger than all others.
     """
     graph = source.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -246,11 +254,11 @@ def _equalise(source: onnx.ModelProto, layers: Sequence[str], images: Sequence[A
     for (norm, node), highest in zip(pairs, largest, strict=True):
         matrix = numpy_helper.to_array(weights[node.input[1]])
         row = np.abs(matrix).max(1)
-        row = np.maximum(row, LEAST_WEIGHT * row.max())  # channels that nothing reads need no scale
+        row = np.maximum(row, LEAST_WEIGHT * row.max())  # unused channels need no scale
         alive = (highest > 0) & (row > 0)
         factor = np.sqrt(np.divide(highest, row, out=np.ones_like(row), where=alive))
         factor /= np.exp(np.log(factor).mean())
-        # Under names of their own: exports share tensors that are equal.
+        # Under new names: exports share equal tensors.
         for reader, place, value in (
             (node, 1, factor[:, None]),
             *((norm, n, 1 / factor) for n in range(1, len(norm.input))),
@@ -268,8 +276,8 @@ def _quantise_all(
 ) -> onnx.ModelProto:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    # The quantiser watches every MatMul, and keeps what it watches until the end of a run: the score matrices of all
-    # dense layers at once. So products of activations get another type meanwhile.
+    # The quantiser observes every MatMul and keeps all observations until the end of a run: the score matrices of all
+    # dense layers at once. Products of activations therefore get another type meanwhile.
     products = {n.name for n in source.graph.node if n.op_type == "MatMul"}.difference(layers)
     hidden = copy.deepcopy(source)
     for node in hidden.graph.node:
@@ -296,7 +304,7 @@ def _quantise_all(
             extra_options={
                 "ActivationSymmetric": symmetric,
                 "WeightSymmetric": True,
-                # A product that gives float32 loses less and runs faster than one that is quantised again.
+                # A product with float32 output is more exact and faster than one that is quantised again.
                 "OpTypesToExcludeOutputQuantization": ["MatMul"],
             },
         )
@@ -309,7 +317,7 @@ def _quantise_all(
 
 
 def _restore(full: onnx.ModelProto, source: onnx.ModelProto, restored: Sequence[str]) -> onnx.ModelProto:
-    """The quantised file with the layers `restored` as they are in the source."""
+    """Return the quantised file with the layers `restored` as they are in the source."""
     model = copy.deepcopy(full)
     original = {node.name: node for node in source.graph.node if node.name in set(restored)}
     weights = {tensor.name: tensor for tensor in source.graph.initializer}

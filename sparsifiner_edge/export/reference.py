@@ -1,7 +1,7 @@
-"""A file held against the float32 file that it was made of, output by output and row by row.
+"""Comparison of a file with the float32 file that it was made from, output by output and row by row.
 
-Where tokens merge, that is done with the float32 file's matches, and on average with the file's own: of tokens that are
-alike, rounding decides which merge, and that is no error of the layers'.
+If tokens merge, the float32 file's matches are used, and on average also the file's own: among similar tokens rounding
+decides which merge, and that is no error of the layers.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from sparsifiner_edge.export.sessions import file_runner, results_of, with_match
 from sparsifiner_edge.metrics import POSITIONS, align, row_cosines
 
 LEAST_FREE_COSINE = 0.98
-"""Gate: mean cosine of every output's rows to the float32 file's, where the file's own matches decide what merges."""
+"""Gate: mean cosine of every output's rows to the float32 file's, if the file's own matches decide what merges."""
 OTHER_PATCHES = 0.1
-"""Share of the patches that a file may keep in the place of others, where tokens are pruned."""
+"""Share of the patches that a file may keep in place of others if tokens are pruned."""
 
 
 class Reference:
-    """What a float32 file gives of some images.
+    """Outputs of a float32 file for some images.
 
     Attributes:
-        merges: whether its tokens do.
-        outputs: of each image: its outputs, and what merges.
+        merges: True if its tokens merge.
+        outputs: For each image, its outputs and matches.
     """
 
     def __init__(self, model: onnx.ModelProto, images: Sequence[Array], kernels: str = "auto") -> None:
-        """Run the file; kernels: see `sessions.file_session`."""
+        """Run the file; for `kernels` see `sessions.file_session`."""
         self._images, self._kernels, self._matches = images, kernels, results_of(model, "MatchTokens")
         self.merges = bool(self._matches)
         run = file_runner(with_outputs(model, self._matches), kernels)
         self.outputs = [run(image) for image in images]
 
     def rows(self, model: onnx.ModelProto, free: bool = False, count: int | None = None) -> list[dict[str, Array]]:
-        """Of each image the cosines of a file's rows (see `rows_alike`).
+        """Return for each image the cosines of a file's rows (see `rows_alike`).
 
         Args:
-            model: with the same operators of ours. free: its own matches decide what merges.
-            count: of the first images alone; None: of all.
+            model: A file with the same custom operators.
+            free: The file's own matches decide what merges.
+            count: Number of images; None for all.
         """
         run, rows = file_runner(model if free else with_matches(model), self._kernels), []
         for image, wanted in zip(self._images[:count], self.outputs, strict=False):
@@ -53,11 +54,12 @@ class Reference:
 
 
 def rows_alike(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str, Array]:
-    """Cosine of each row of each output; NaN where something is NaN. Where tokens are pruned, of those that both files
-    keep; where more than `OTHER_PATCHES` are others, those count, too, as lost (cosine 0).
+    """Return the cosine of each row of each output; NaN where something is NaN.
+
+    If tokens are pruned, rows that both files keep count; if more than `OTHER_PATCHES` differ, those count as cosine 0.
     """
     outputs, _ = align(got, wanted)
-    with np.errstate(all="ignore"):  # What overflowed is found by a gate.
+    with np.errstate(all="ignore"):  # The gate finds overflows.
         rows = {name: row_cosines(name, x, wanted[name]).ravel() for name, x in outputs.items()}
     if POSITIONS in got and POSITIONS in wanted and "tokens" in rows:
         both = np.stack([np.isin(a, b) for a, b in zip(wanted[POSITIONS], got[POSITIONS], strict=True)])
@@ -69,17 +71,17 @@ def rows_alike(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[st
 
 
 def mean_cosines(compared: Sequence[dict[str, Array]]) -> dict[str, float]:
-    """Mean over images and rows of each output; -1 where something is NaN."""
+    """Return the mean over images and rows of each output; -1 if something is NaN."""
     names = compared[0] if compared else ()
     means = {name: float(np.concatenate([rows[name] for rows in compared]).mean()) for name in names}
     return {name: mean if math.isfinite(mean) else -1.0 for name, mean in means.items()}
 
 
 def require_cosines(cosines: Mapping[str, float], least: float, kind: str, how: str, fix: str) -> None:
-    """Refuse a file of which an output's cosine is below `least`; the rest is for the message.
+    """Refuse a file if an output's cosine is below `least`; the other arguments form the message.
 
     Raises:
-        GateError: it is.
+        GateError: An output's cosine is too low.
     """
     for name, cosine in cosines.items():
         if cosine < least:

@@ -1,4 +1,4 @@
-"""The files of a stream: an embedding that says what changed, a step over chosen tokens, and a golden sequence."""
+"""Files of a stream: an embedding that measures change, a step over chosen tokens, and a golden sequence."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ from sparsifiner_edge.runtime.stream import (
 from sparsifiner_edge.sparse.stream import Passage, StreamModel
 
 GOLDEN_FRAMES = 3
+"""Number of frames in the golden sequence."""
 _SOME = 4
-"""Patches, and kept ones, that a step is traced with: any numbers that differ from all others."""
+"""Number of patches with which a step is traced; must differ from all other sizes."""
 
 
 class _Embedding(nn.Module):
-    """uint8 [1,H,W,3], and what patches were, [1,P,C] -> tokens [1,N,C], and how far each patch is from what it was,
-    relative to its length: [1,P].
+    """Embedding: image and reference patches -> tokens, and the relative change of each patch.
+
+    The image is uint8 [1,H,W,3], references are [1,P,C], tokens [1,N,C], changes [1,P].
     """
 
     def __init__(self, stream: StreamModel) -> None:
@@ -59,8 +61,9 @@ class _Embedding(nn.Module):
 
 
 class _Step(nn.Module):
-    """The parts of a `Passage`, one by one -> the model's outputs, the final tokens, keys and values of the rows, and
-    the tokens that are read, as `StreamShape.caches` names them.
+    """Step: the parts of a `Passage` -> the model's outputs, final tokens, and updated caches.
+
+    Names are those of `StreamShape.caches`.
     """
 
     def __init__(self, stream: StreamModel) -> None:
@@ -85,13 +88,14 @@ class _Step(nn.Module):
 
 
 def stream_of(deployed: DeployedModel, size: ImageSize) -> StreamModel:
-    """The model as a stream runs it.
+    """Return the model in the form that a stream runs.
 
     Args:
-        deployed: it is changed, and serves nothing else then. size: of its images.
+        deployed: The deployed model; it is changed and cannot be used otherwise afterwards.
+        size: Size of its images.
 
     Raises:
-        UnsupportedModelError: no stream runs it; with the reason.
+        UnsupportedModelError: The model cannot run as a stream; with the reason.
     """
     return StreamModel(deployed, torch.from_numpy(smooth_images(size)))
 
@@ -102,11 +106,14 @@ def write_stream(
     """Write the files of a stream into the folder of a bundle.
 
     Args:
-        names: of the model's outputs. size: of its images.
-        like: the bundle's file in float32, and in int8, where the step shall have its linear layers so.
+        stream: The model.
+        names: Names of its outputs.
+        size: Size of its images.
+        folder: Folder of the bundle.
+        like: The bundle's file in float32 and in int8, if the step's linear layers are to be int8.
 
     Raises:
-        GateError: the files disagree with torch.
+        GateError: The files disagree with torch.
     """
     images = [smooth_images(size, seed=seed) for seed in range(GOLDEN_FRAMES)]
     backbone, (heads, dim, _) = stream.backbone, stream.backbone.geometry
@@ -121,7 +128,7 @@ def write_stream(
     with torch.no_grad():
         inner = _of_torch(embedding, [TOKENS, CHANGE]), _of_torch(step, outputs)
         wanted = list(play(shape, *inner, *sequence))
-    ran = _hold_against(wanted, list(play(shape, runner_of(models[0]), runner_of(models[1]), *sequence)))
+    ran = _compare_with_torch(wanted, list(play(shape, runner_of(models[0]), runner_of(models[1]), *sequence)))
     if like:
         models, shape = (models[0], _keep_halves(quantise_like(models[1], *like))), shape._replace(halves=True)
         wanted, ran = ran, list(play(shape, runner_of(models[0]), runner_of(models[1]), *sequence))
@@ -136,8 +143,8 @@ def write_stream(
     return files
 
 
-def _hold_against(wanted: list[dict[str, Array]], ran: list[dict[str, Array]]) -> list[dict[str, Array]]:
-    """What files gave, frame by frame, where that is as torch has it."""
+def _compare_with_torch(wanted: list[dict[str, Array]], ran: list[dict[str, Array]]) -> list[dict[str, Array]]:
+    """Return what the files gave, frame by frame, after comparing it with torch."""
     for number, (got, frame) in enumerate(zip(ran, wanted, strict=True)):
         for name, expected in frame.items():
             if (stats := agreement(name, got[name], expected, SAME.error)).error > SAME.error:
@@ -184,7 +191,7 @@ def _step_file(module: _Step, shape: StreamShape, image: Array, outputs: list[st
 
 
 def _keep_halves(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same, with keys and values that are kept in float16: half of what a step reads most of."""
+    """Return the step with keys and values stored in float16, which halves most of the memory traffic."""
     graph = model.graph
     for value in graph.input:
         if value.name.startswith(CACHE):
@@ -202,13 +209,13 @@ def _keep_halves(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _some_patches(shape: StreamShape) -> Array:
-    """A quarter for each frame but the first, ascending."""
+    """Return the patches to compute: a quarter in each frame but the first, ascending."""
     random, count = np.random.default_rng(0), max(1, shape.patches // 4)
     return np.stack([np.sort(random.permutation(shape.patches)[:count]) for _ in range(GOLDEN_FRAMES - 1)])
 
 
 def _of_torch(module: nn.Module, names: list[str]) -> Infer:
-    """A module as a session would run it."""
+    """Return a function that runs a module as a session would."""
 
     def infer(inputs: dict[str, Array]) -> dict[str, Array]:
         tensors = (torch.from_numpy(np.ascontiguousarray(x)) for x in inputs.values())

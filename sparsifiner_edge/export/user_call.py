@@ -1,4 +1,4 @@
-"""An exported file held against a user's own call of the model, on real images: `export --check`."""
+"""Comparison of an exported file with the user's own call of the model on real images: `export --check`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PIXELS = {
 }
 
 
-def hold_against(
+def compare_with_function(
     call: UserFunction,
     images: Mapping[Path, Pixels],
     student: Student,
@@ -39,39 +39,45 @@ def hold_against(
     tokens: bool,
     exact: bool,
 ) -> str:
-    """Hold a file against a user's function. What is sparse, int8 or float16 differs by intent: there the dense model,
-    given pixels as the file gives them, must answer as the function does, and of the file the least cosine is said.
+    """Compare a file with a user's function.
+
+    A sparse, int8 or float16 file differs on purpose: then the dense model, given the same pixels, must agree with the
+    function, and the file's lowest cosine is reported.
 
     Args:
-        images: of the file's size. student, model: what was exported, and its file. tokens: see `ExportOptions`.
-        exact: the file is dense, in float32.
+        call: The user's function.
+        images: Images in the file's size, by path.
+        student: The exported model.
+        model: Its file.
+        tokens: See `ExportOptions`.
+        exact: The file is dense and float32.
 
     Returns:
-        By how much they differ, for people.
+        The difference, as text.
 
     Raises:
-        GateError: they differ: with figures, and what would explain it.
-        ConfigError: the function fails, or returns something else than the file gives.
+        GateError: They differ; the message has figures and likely reasons.
+        ConfigError: The function fails, or returns something else than the file.
     """
     batch = max(1, model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
     run, dense = file_runner(model), None if exact else deploy(dense_twin(student), tokens)
     rows: dict[str, list[tuple[float, str, float]]] = {}
-    likely = ""
+    reason = ""
     for path, image in images.items():
         got = {name: x[:1] for name, x in run(np.repeat(image[None], batch, 0)).items()}
-        judged = got if dense is None else run_torch(dense, image[None])[0]
+        compared = got if dense is None else run_torch(dense, image[None])[0]
         for name, wanted in _answers(call, image, got).items():
-            error = agreement(name, judged[name], wanted, SAME.error).error
-            likely = likely or ("" if error <= SAME.error else _likely(student, tokens, image, name, wanted))
+            error = agreement(name, compared[name], wanted, SAME.error).error
+            reason = reason or ("" if error <= SAME.error else _likely_reason(student, tokens, image, name, wanted))
             rows.setdefault(name, []).append((error, path.name, agreement(name, got[name], wanted, 0).cosine))
-    whose, what = "file" if exact else "dense model", f"{_name(call)} on {len(images)} images"
+    subject, summary = "file" if exact else "dense model", f"{_name(call)} on {len(images)} images"
     for name, values in rows.items():
         (error, worst, _), least = max(values), min(cosine for *_, cosine in values)
-        what += f"; {name} of the {whose} {error:.2g} of its range apart (worst in {worst}), least cosine of the file "
-        what += f"{least:.6f}"
-    if likely:
-        raise GateError(f"Answers differ from {what}.", f"Nothing was written. {likely} {_TAKES}")
-    return what
+        summary += f"; {name} of the {subject} differs by {error:.2g} of its range (worst in {worst})"
+        summary += f", least cosine of the file {least:.6f}"
+    if reason:
+        raise GateError(f"Answers differ from {summary}.", f"Nothing was written. {reason} {_TAKES}")
+    return summary
 
 
 def _name(call: UserFunction) -> str:
@@ -79,7 +85,7 @@ def _name(call: UserFunction) -> str:
 
 
 def _answers(call: UserFunction, image: Pixels, got: Mapping[str, Array]) -> dict[str, Array]:
-    """What the function gives for an image, by the file's names and in its shapes."""
+    """Return what the function gives for an image, by the file's names and in its shapes."""
     try:
         with torch.no_grad():
             answer = call(image.copy())
@@ -90,14 +96,14 @@ def _answers(call: UserFunction, image: Pixels, got: Mapping[str, Array]) -> dic
     for name, value in arrays.items() or [("nothing", image[:0])]:
         if name not in got or value.shape not in (got[name].shape, got[name].shape[1:]):
             expected = ", ".join(f"{key} {list(x.shape)}" for key, x in got.items())
-            what = f"{_name(call)} gives {name} {list(value.shape)}, the file {expected}."
-            raise ConfigError(what, "Return what the model gives, before it is resized, cut or otherwise changed.")
+            what = f"{_name(call)} returns {name} {list(value.shape)}, the file {expected}."
+            raise ConfigError(what, "Return the outputs of the model before any resize, crop or other change.")
     return {name: value.reshape(got[name].shape) for name, value in arrays.items()}
 
 
-def _likely(student: Student, tokens: bool, image: Pixels, name: str, wanted: Array) -> str:
-    """What the function does otherwise, where it is one of the usual: each is tried."""
-    takes, errors = f"the file gives it RGB, {student.normalisation}", dict[str, float]()
+def _likely_reason(student: Student, tokens: bool, image: Pixels, name: str, wanted: Array) -> str:
+    """Return the likely reason of a difference, by trying the usual ones."""
+    file_input, errors = f"the file uses RGB, {student.normalisation}", dict[str, float]()
     for scale, pixels in {"": student.normalisation, **_PIXELS}.items():
         deployed = deploy(dataclasses.replace(dense_twin(student), normalisation=pixels), tokens)
         for order, changed in (("", image), ("BGR", image[..., ::-1].copy())):
@@ -105,6 +111,6 @@ def _likely(student: Student, tokens: bool, image: Pixels, name: str, wanted: Ar
             errors[label] = agreement(name, run_torch(deployed, changed[None])[0][name], wanted, 0).error
     best = min(errors, key=lambda label: errors[label])
     if not best or errors[best] > errors[""] / 2:
-        return f"No other channels or normalisation explain it ({takes}): a resize or crop, or other weights, would."
-    fix = "Say what it expects (--mean and --std, or --no-normalise; of a student at sparsify), or mend the function."
-    return f"The model answers so, but for {errors[best]:.2g}, where it is given {best}; {takes}. {fix}"
+        return f"No other channel order or normalisation explains it ({file_input}). Check resize, crop and weights."
+    fix = "Give --mean and --std, or --no-normalise (for a sparse model at sparsify), or fix the function."
+    return f"If the model is given {best}, it agrees within {errors[best]:.2g}; {file_input}. {fix}"

@@ -1,1 +1,1 @@
-"""Operators of the ONNX domain `sparsifiner`: a schema, a NumPy reference, implementations checked against it."""
+"""Operators of the ONNX domain `sparsifiner`: schemas, a NumPy reference and the implementations checked against it."""

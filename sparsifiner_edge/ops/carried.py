@@ -1,5 +1,7 @@
-"""What an exported graph does, in standard operators, with sizes and places of tokens that merge: a launch of ours does
-it beside the merging itself (`ops.triton.schedule_merge.schedule_merging`).
+"""Analysis of the nodes that update token sizes and positions after each merge in an exported graph.
+
+The exported graph updates sizes and positions with standard operators. The Triton kernels do it in the same launch as
+the merge (`ops.triton.schedule_merge.schedule_merging`), so the names of these tensors must be known.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from sparsifiner_edge.ops.schema import DOMAIN
 
 
 class Carried(NamedTuple):
-    """Names in the graph behind one MergeTokens.
+    """Nodes and tensor names that belong to one merge layer.
 
     Attributes:
-        match, merge: the two nodes.
-        sizes, places: what goes on: of the new tokens, and of the original patches. before: places so far; None: as
-            they lie. positions: where the new tokens' pixels were, and before that. Each None where nothing reads it.
+        match: MatchTokens node.
+        merge: MergeTokens node.
+        sizes: Name of the sizes of the new tokens, or None if nothing reads them.
+        places: Name of the new token index of each original patch, or None if nothing reads it.
+        before: Name of the token index of each original patch before this merge, or None if it is the identity.
+        positions: Names of the pixel positions of the new tokens and of the old tokens, or None if nothing reads them.
     """
 
     match: Any
@@ -28,27 +33,32 @@ class Carried(NamedTuple):
 
 
 def carried_along(model: Any) -> list[Carried]:
-    """By merging layer, in order; none where a layer's graph is not as the exporter of `sparse.merge` writes it."""
+    """Find the tensors that each merge layer updates.
+
+    Returns:
+        One entry per merge layer, in graph order. Empty if a layer differs from the graph that `sparse.merge` exports.
+    """
     producers = {name: node for node in model.graph.node for name in node.output}
     constant = _constants(model)
     layers = [
         _behind(node, model, producers, constant) for node in model.graph.node if _is(node, "MergeTokens", DOMAIN)
     ]
-    return [] if None in layers else [one for one in layers if one is not None]
+    return [] if None in layers else [layer for layer in layers if layer is not None]
 
 
 def _is(node: Any, kind: str, domain: str = "") -> bool:
+    """Return True if `node` exists and has this operator type and domain."""
     return node is not None and (node.op_type, node.domain) == (kind, domain)
 
 
 def _constants(model: Any) -> set[str]:
-    """Names that no pixel changes: weights, shapes, and what is made of them."""
+    """Return the names of the tensors that do not depend on pixels: weights, shapes and what is computed from them."""
     names = {tensor.name for tensor in model.graph.initializer}
     return _closure(model, names, ("Constant", "Shape", "Size"))
 
 
 def _closure(model: Any, names: set[str], kinds: tuple[str, ...] = ()) -> set[str]:
-    """These names, and all that is made of nothing else; or by nodes of these kinds."""
+    """Return `names` and the outputs of all nodes that read nothing else or whose operator type is in `kinds`."""
     names = set(names)
     for node in model.graph.node:
         if (names.issuperset(node.input) or node.op_type in kinds) and node.domain != DOMAIN:
@@ -57,6 +67,7 @@ def _closure(model: Any, names: set[str], kinds: tuple[str, ...] = ()) -> set[st
 
 
 def _behind(merge: Any, model: Any, producers: Mapping[str, Any], constant: set[str]) -> Carried | None:
+    """Analyze the nodes after one MergeTokens; return None if they do not have the expected form."""
     _, sizes, pairs = merge.input
     match = producers.get(pairs)
     if match is None or not _is(match, "MatchTokens", DOMAIN) or match.input[1] != sizes:

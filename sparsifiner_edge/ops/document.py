@@ -1,4 +1,7 @@
-"""`docs/operators.md` from the schemas: `python -m sparsifiner_edge.ops.document > docs/operators.md`."""
+"""Generator of `docs/operators.md` from the operator schemas.
+
+Run `python -m sparsifiner_edge.ops.document > docs/operators.md`.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,54 @@ from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT, VERSION
 
 _HEAD = f"""# Operators
 
-For those who run, port or check an exported file. ONNX domain `{DOMAIN}`, version {VERSION}.
+Reference for running, porting or checking an exported model. ONNX domain `{DOMAIN}`, version {VERSION}.
 
-A file that uses these operators carries a function body of standard operators (operator set 20) for each, so any
-ONNX runtime can run it; a runtime in which a native library is registered runs that instead. Each operator has one
-output, and no optional inputs or outputs. `B` batch, `N` tokens, `C` channels, `H` heads, `d = C / H`, `P = N -
-num_prefix` patches, `T = ceil(P / tile)` tiles, `K` keys, `c` predictor channels, `L` landmarks, `S` cached tokens.
-`qkv` is after bias, qk-norm and rotary embedding; its last axis is q, k, v, each H x d.
+An exported model contains a function body of standard operators (opset 20) for each operator that it uses, so every
+ONNX runtime can run it. A runtime with a registered native library runs the native kernels instead. Each operator has
+exactly one output, and no optional inputs or outputs.
 
-- **Ragged ends.** The last probe, tile and cell may be short: only real tokens enter means, softmax, maxima and counts.
-- **Indices** are strictly ascending; ties go to the lower index; NaN counts as -inf. Given other indices a kernel
-  returns unspecified values but never touches memory outside its tensors.
-- **Sizes.** Where no token was merged they are ones. A file in which no node has others carries bodies that do not read
-  them; a native kernel looks once whether all are 1.
-- **Limit.** K at most {TOPK_LIMIT}, which is what TensorRT's TopK takes; export checks it.
-- **Agreement.** Attention outputs lie within the tolerance below, relative to the range of the output. A selection
-  agrees when every selected score is at least the reference's K-th score less the tolerance. Each backend repeats
-  itself bit for bit.
+| symbol | meaning |
+| --- | --- |
+| `B` | batch size |
+| `N` | number of tokens |
+| `C` | number of channels |
+| `H` | number of heads |
+| `d` | channels per head, `C / H` |
+| `P` | number of patches, `N - num_prefix` |
+| `T` | number of query tiles, `ceil(P / tile)` |
+| `K` | number of selected keys |
+| `c` | number of predictor channels |
+| `L` | number of landmarks |
+| `S` | number of cached tokens |
+| `M` | number of tokens after merging |
 
-This page is written from `sparsifiner_edge/ops/schema.py` (`python -m sparsifiner_edge.ops.document`).
+`qkv` is taken after bias, qk-norm and rotary embedding. Its last axis is the concatenation of q, k and v, each `H x d`.
+
+- **Ragged ends.** The last query pool, tile and key pool may be shorter than the others. Means, softmax, maxima and
+  counts include only existing tokens.
+- **Indices** are strictly ascending, ties go to the lower index, and NaN counts as -inf. For other indices, a kernel
+  returns unspecified values but never accesses memory outside its tensors.
+- **Sizes** are all 1 unless tokens were merged. If no node of a model has other sizes, its function bodies do not read
+  them. The native kernels check once per call whether all sizes are 1.
+- **Limit.** K is at most {TOPK_LIMIT}, the limit of TensorRT's TopK layer. The export checks it.
+- **Tolerance.** The error of an attention output, relative to the range of the output, is within the tolerance below. A
+  selection is correct if the score of every selected key is at least the K-th highest score of the reference minus the
+  tolerance. Each backend is deterministic: two runs give the same bits.
+
+This page is generated from `sparsifiner_edge/ops/schema.py` with `python -m sparsifiner_edge.ops.document`.
 """
 
 
 def operators_markdown() -> str:
-    """The page, one section per operator."""
+    """Return the page in Markdown, with one section per operator."""
     return "\n".join([_HEAD, *(_section(op) for op in OPERATORS.values())])
 
 
 def _section(op: Operator) -> str:
+    """Return the section of one operator."""
     inputs = "\n".join(f"| `{t.name}` | {', '.join(t.dtypes)} | [{', '.join(t.axes)}] | {t.doc} |" for t in op.inputs)
     rows = "\n".join(f"| `{a.name}` | {a.type.__name__} | {a.minimum:g} | {a.doc} |" for a in op.attributes)
-    attributes = f"| attribute | type | least | |\n| --- | --- | --- | --- |\n{rows}\n\n" if rows else ""
+    attributes = f"| attribute | type | minimum | description |\n| --- | --- | --- | --- |\n{rows}\n\n" if rows else ""
     tolerances = ", ".join(f"{dtype} {value:g}" for dtype, value in op.tolerances.items())
     output = op.output
     result = (
@@ -48,7 +68,7 @@ def _section(op: Operator) -> str:
     )
     return (
         f"## {op.name}\n\n{op.doc}\n\n"
-        f"| input | types | shape | |\n| --- | --- | --- | --- |\n{inputs}\n\n"
+        f"| input | types | shape | description |\n| --- | --- | --- | --- |\n{inputs}\n\n"
         f"{attributes}"
         f"{textwrap.fill(result, 120, break_on_hyphens=False)}\n"
     )

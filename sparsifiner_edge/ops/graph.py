@@ -1,4 +1,4 @@
-"""Tidying the graph of an ONNX file, and what it says of the tokens' sizes."""
+"""Removal of unused parts from the graph of an ONNX model, and the check for merged token sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 
 def drop_unread(nodes: Any, outputs: Iterable[str]) -> set[str]:
-    """Remove, of a graph's or function's nodes, those whose outputs are unused; returns what is read."""
+    """Remove the nodes whose outputs are unused from the nodes of a graph or function.
+
+    Args:
+        nodes: Nodes of the graph or function; modified in place.
+        outputs: Names of the outputs of the graph or function.
+
+    Returns:
+        Names of all tensors that the remaining nodes read, and `outputs`.
+    """
     while True:
         read = {name for node in nodes for name in _read_by(node)} | set(outputs)
         unread = [node for node in nodes if not read.intersection(node.output)]
@@ -20,7 +28,7 @@ def drop_unread(nodes: Any, outputs: Iterable[str]) -> set[str]:
 
 
 def tidy(model: Any) -> None:
-    """Remove nodes whose outputs are unused, then unused weights and functions of ours."""
+    """Remove unused nodes, then unused weights and unused functions of the `sparsifiner` domain."""
     graph = model.graph
     read = drop_unread(graph.node, [value.name for value in graph.output])
     _keep(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in read))
@@ -29,19 +37,19 @@ def tidy(model: Any) -> None:
 
 
 def has_sizes(model: Any, node: Any) -> bool:
-    """Whether a node of ours may get sizes other than ones, as the second input: some tokens were merged."""
+    """Return True if the `sizes` input of a `sparsifiner` node may differ from 1, that is, if tokens were merged."""
     import onnx
 
     if len(node.input) < 2 or OPERATORS[node.op_type].inputs[1].name != "sizes":
         return False
     name = node.input[1]
-    expanded = {each.output[0]: each.input[0] for each in model.graph.node if each.op_type == "Expand"}
+    expanded = {other.output[0]: other.input[0] for other in model.graph.node if other.op_type == "Expand"}
     weight = next((t for t in model.graph.initializer if t.name == expanded.get(name, name)), None)
     return weight is None or not bool((onnx.numpy_helper.to_array(weight) == 1).all())
 
 
 def _read_by(node: Any) -> Iterator[str]:
-    """Inputs of a node and of everything in its subgraphs."""
+    """Yield the names that a node and its subgraphs read, including the outputs of the subgraphs."""
     yield from node.input
     for graph in (graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)):
         for inner in graph.node:
@@ -50,6 +58,7 @@ def _read_by(node: Any) -> Iterator[str]:
 
 
 def _keep(field: Any, entries: Iterable[Any]) -> None:
+    """Replace the content of a repeated protobuf field."""
     entries = list(entries)
     del field[:]
     field.extend(entries)

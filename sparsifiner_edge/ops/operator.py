@@ -1,6 +1,6 @@
-"""What an operator's schema is made of: tensors, attributes, limits, and how inputs are refused.
+"""Building blocks of an operator schema: tensors, attributes, limits and the validation of inputs.
 
-Symbols: see `schema`.
+The axis symbols are explained in `schema.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,23 @@ from typing import Any
 
 AttributeValue = int | float
 Attributes = Mapping[str, AttributeValue]
+"""Attribute values by name."""
 Shapes = Sequence[Sequence[int]]
+"""Shapes of an operator's inputs, in the order of the schema."""
 Checks = list[tuple[bool, str]]
-"""What may be wrong, whether it is, and the words for it."""
+"""Pairs of a flag (True if the check failed) and the error message for that case."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An input or output: its name, allowed element types, axes by symbol, and meaning; stored: its type may be another
-    than that of the others.
+    """An input or output of an operator.
+
+    Attributes:
+        name: Name of the tensor.
+        dtypes: Allowed element types.
+        axes: Symbol of each axis.
+        doc: Description, as a phrase without a final period.
+        stored: True if the tensor may have a different element type than the other tensors.
     """
 
     name: str
@@ -32,7 +40,15 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Attribute:
-    """An attribute: its type, least value, the values that tests visit, and meaning."""
+    """An attribute of an operator.
+
+    Attributes:
+        name: Name of the attribute.
+        type: `int` or `float`.
+        minimum: Smallest allowed value.
+        tested: Values that the test matrix covers.
+        doc: Description, as a phrase without a final period.
+    """
 
     name: str
     type: type[int] | type[float]
@@ -46,10 +62,15 @@ class Operator:
     """One operator of the domain.
 
     Attributes:
-        tolerances: greatest difference from the reference per element type, relative to the range of the output
-            (for KeySelect: absolute, of selection scores).
-        doc: the computation, in mathematical notation.
-        checks: of attributes and sizes by symbol, where the axes of the inputs do not say it all.
+        name: Name of the operator.
+        inputs: Inputs, in order.
+        attributes: Attributes, in order.
+        output: The only output.
+        tolerances: Largest allowed difference from the reference per element type, relative to the range of the
+            output. For KeySelect it is an absolute difference of selection scores.
+        doc: Definition of the computation, in mathematical notation.
+        checks: Function of the attributes and of the sizes by symbol. It returns the checks that the axes of the
+            inputs cannot express.
     """
 
     name: str
@@ -61,7 +82,7 @@ class Operator:
     checks: Callable[[Attributes, Mapping[str, int]], Checks] = lambda *_: []
 
     def refusals(self, attributes: Attributes, shapes: Shapes) -> list[str]:
-        """Reasons why these attributes and input shapes are not allowed; empty when they are."""
+        """Return the reasons why these attributes and input shapes are invalid, or an empty list if they are valid."""
         reasons = self._attribute_refusals(attributes)
         if reasons:
             return reasons
@@ -73,6 +94,7 @@ class Operator:
         return reasons or self._size_refusals(attributes, shapes)
 
     def _size_refusals(self, attributes: Attributes, shapes: Shapes) -> list[str]:
+        """Return the reasons why the sizes of the axes are invalid."""
         if self.inputs[0] is QKV:
             heads, prefix = attributes["num_heads"], attributes.get("num_prefix", 0)
             _, tokens, packed = shapes[0]
@@ -86,11 +108,13 @@ class Operator:
             for tensor, shape in zip(self.inputs, shapes, strict=True)
             if (wanted := [sizes[symbol] for symbol in tensor.axes]) != list(shape)
         ]
-        return reasons + [words for wrong, words in self.checks(attributes, sizes) if wrong]
+        return reasons + [message for failed, message in self.checks(attributes, sizes) if failed]
 
     def sizes(self, attributes: Attributes, shapes: Shapes) -> dict[str, Any]:
-        """Sizes by the symbols of the axes, of inputs and output: those that follow from attributes and `qkv`, others
-        as the first input has them, at least 1.
+        """Return the sizes of all axes of inputs and output by symbol.
+
+        Sizes that follow from the attributes and the shape of `qkv` are computed. Any other size is taken from the
+        first input that has the symbol, and is at least 1 (except the batch size).
         """
         sizes: dict[str, Any] = {"2": 2}
         if self.inputs[0] is QKV:
@@ -111,11 +135,12 @@ class Operator:
         return sizes
 
     def output_shape(self, attributes: Attributes, shapes: Shapes) -> list[Any]:
-        """Of inputs that the schema allows; symbolic where theirs are."""
+        """Return the shape of the output for valid inputs; sizes are symbolic where those of the inputs are."""
         sizes = self.sizes(attributes, shapes)
         return [sizes[symbol] for symbol in self.output.axes]
 
     def _attribute_refusals(self, attributes: Attributes) -> list[str]:
+        """Return the reasons why the attributes are invalid."""
         known = {a.name: a for a in self.attributes}
         reasons = [f"{self.name} has no attribute {name!r}" for name in attributes if name not in known]
         for name, attribute in known.items():
@@ -123,11 +148,18 @@ class Operator:
             if value is None:
                 reasons.append(f"{self.name} needs the attribute {name!r}")
             elif attribute.type is int and not isinstance(value, int):
-                reasons.append(f"{name} must be a whole number, got {value!r}")
+                reasons.append(f"{name} must be an integer, got {value!r}")
             elif not value >= attribute.minimum or not math.isfinite(value):
                 reasons.append(f"{name} must be finite and at least {attribute.minimum:g}, got {value!r}")
         return reasons
 
 
 FLOATS = ("float32", "float16", "bfloat16")
-QKV = Tensor("qkv", FLOATS, ("B", "N", "3C"), "queries, keys and values of every head, q|k|v along the last axis")
+"""Element types of the floating-point tensors."""
+QKV = Tensor(
+    "qkv",
+    FLOATS,
+    ("B", "N", "3C"),
+    "queries, keys and values of all heads, concatenated along the last axis as q, k, v",
+)
+"""The packed input of the attention operators. Shapes are validated through it where it is the first input."""

@@ -1,6 +1,7 @@
-"""The operators in NumPy, in float64, written for reading: every other implementation is checked against these.
+"""Reference implementation of the operators in NumPy, in float64.
 
-Shapes and symbols are those of `schema.py`.
+It is written for readability. Every other implementation is tested against it. Shapes and symbols are those of
+`schema.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
 
 
 def split_heads(qkv: Array, num_heads: int) -> tuple[Array, Array, Array]:
-    """qkv [B,N,3C] -> q, k, v, each [B,H,N,d] in float64."""
+    """Split qkv [B,N,3C] into q, k and v, each [B,H,N,d] in float64."""
     batch, tokens, packed = qkv.shape
     parts = qkv.astype(np.float64).reshape(batch, tokens, 3, num_heads, packed // (3 * num_heads))
     q, k, v = parts.transpose(2, 0, 3, 1, 4)
@@ -32,8 +33,15 @@ def _merge_heads(heads: Array) -> Array:
 
 
 def run_means(x: Array, run: int, sizes: Array) -> Array:
-    """Means over runs of `run` consecutive rows, weighted by sizes [B,P]: x [B,H,P,d] -> [B,H,ceil(P/run),d]; the last
-    run may be short.
+    """Average runs of consecutive rows, weighted by size.
+
+    Args:
+        x: Rows [B,H,P,d].
+        run: Number of rows per run; the last run may be shorter.
+        sizes: Sizes [B,P] of the rows.
+
+    Returns:
+        Means [B,H,ceil(P/run),d].
     """
     rows = sizes[:, None, :, None]
     starts = range(0, x.shape[2], run)
@@ -49,38 +57,38 @@ def _key_scores(
     *,
     num_heads: int,
     num_prefix: int,
-    probe: int,
+    query_pool: int,
     tile: int,
-    cell: int,
+    key_pool: int,
     scale: float,
     value_power: float,
 ) -> Array:
-    """Selection scores [B,H,T,P] of KeySelect."""
+    """Return the selection scores [B,H,T,P] of KeySelect."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
     patches = sizes[:, num_prefix:].astype(np.float64)
-    probes = run_means(q, probe, patches) @ proj_q.astype(np.float64)
+    pooled_queries = run_means(q, query_pool, patches) @ proj_q.astype(np.float64)
     keys = k @ proj_k.astype(np.float64)
-    logits = scale * probes @ keys.swapaxes(-1, -2) + np.log(patches)[:, None, None]
+    logits = scale * pooled_queries @ keys.swapaxes(-1, -2) + np.log(patches)[:, None, None]
     logits = logits - logits.max(-1, keepdims=True)
     log_weights = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    per_tile = tile // probe
-    probe_count = log_weights.shape[2]
-    scores = np.stack([log_weights[:, :, i : i + per_tile].max(2) for i in range(0, probe_count, per_tile)], 2)
+    per_tile = tile // query_pool
+    query_pool_count = log_weights.shape[2]
+    scores = np.stack([log_weights[:, :, i : i + per_tile].max(2) for i in range(0, query_pool_count, per_tile)], 2)
     if value_power:
-        center = np.repeat(run_means(v, cell, patches), cell, axis=2)[:, :, : v.shape[2]] if cell else 0
+        center = np.repeat(run_means(v, key_pool, patches), key_pool, axis=2)[:, :, : v.shape[2]] if key_pool else 0
         deviation = np.sqrt(((v - center) ** 2).sum(-1))
         scores = scores + value_power * np.log(np.maximum(deviation, DEVIATION_FLOOR))[:, :, None]
     return np.where(np.isnan(scores), -np.inf, scores)
 
 
 def top_keys(scores: Array, keys: int) -> Array:
-    """Indices int32 [...,K] of the highest scores, ties to the lower index, ascending."""
+    """Return the ascending int32 indices [...,K] of the `keys` highest scores; ties go to the lower index."""
     order = np.argsort(-scores, axis=-1, kind="stable")[..., :keys]
     return np.sort(order, axis=-1).astype(np.int32)
 
 
 def key_select(qkv: Array, *others: Array, keys: int, **settings: Any) -> Array:
-    """KeySelect: indices int32 [B,H,T,K]; inputs and settings as the schema declares them."""
+    """Compute KeySelect: int32 indices [B,H,T,K]. Inputs and attributes are those of the schema."""
     return top_keys(_key_scores(qkv, *others, **settings), keys)
 
 
@@ -98,7 +106,7 @@ def _landmark_scores(
     top_coefficients: int,
     basis_threshold: float,
 ) -> Array:
-    """Selection scores [B,H,N-1,N] of LandmarkKeySelect."""
+    """Return the selection scores [B,H,N-1,N] of LandmarkKeySelect."""
     q, k, _ = split_heads(qkv, num_heads)
     projected_q = q[:, :, 1:] @ proj_q.astype(np.float64).T + bias_q
     landmarks = (k @ proj_k.astype(np.float64).T + bias_k).swapaxes(-1, -2) @ down.astype(np.float64)
@@ -111,16 +119,16 @@ def _landmark_scores(
 
 
 def landmark_key_select(qkv: Array, *weights: Array, keys: int, **settings: Any) -> Array:
-    """LandmarkKeySelect: indices int32 [B,H,N-1,K]; inputs and settings as the schema declares them."""
+    """Compute LandmarkKeySelect: int32 indices [B,H,N-1,K]. Inputs and attributes are those of the schema."""
     return top_keys(_landmark_scores(qkv, *weights, **settings), keys)
 
 
 SCORES = {"KeySelect": _key_scores, "LandmarkKeySelect": _landmark_scores}
-"""Selection scores, of which the K highest are an operator's answer, by its name: to judge another answer by."""
+"""Functions that return the selection scores, by operator name. Tests use them to check the indices of a kernel."""
 
 
 def sparse_attention(qkv: Array, sizes: Array, indices: Array, **attributes: Any) -> Array:
-    """SparseAttention: float64 [B,N,C]; attributes as the schema declares them."""
+    """Compute SparseAttention: float64 [B,N,C]. Attributes are those of the schema."""
     return _sparse_attention(qkv, sizes, indices, **attributes)
 
 
@@ -132,7 +140,7 @@ def _sparse_attention(
     num_heads: int,
     num_prefix: int,
     tile: int,
-    cell: int,
+    key_pool: int,
     scale: float,
     prefix_keys: int = 1,
 ) -> Array:
@@ -144,18 +152,29 @@ def _sparse_attention(
     first = num_prefix if prefix_keys else 0
     for batch, head, t in np.ndindex(*indices.shape[:3]):
         rows = slice(num_prefix + t * tile, min(num_prefix + (t + 1) * tile, q.shape[2]))
-        entries = _entries(k[batch, head], v[batch, head], counts[batch], indices[batch, head, t], first, cell)
+        entries = _entries(k[batch, head], v[batch, head], counts[batch], indices[batch, head, t], first, key_pool)
         out[batch, head, rows] = _attend(q[batch, head, rows], *entries, scale)
     return _merge_heads(out)
 
 
-def _entries(k: Array, v: Array, sizes: Array, selected: Array, first: int, cell: int) -> tuple[Array, Array, Array]:
-    """Keys, values and logit offsets that one tile attends to: prefix, selection, background cells."""
+def _entries(
+    k: Array, v: Array, sizes: Array, selected: Array, first: int, key_pool: int
+) -> tuple[Array, Array, Array]:
+    """Return the keys, values and logit offsets of one tile: prefix tokens, listed keys, background tokens.
+
+    Args:
+        k: Keys [N,d] of one head.
+        v: Values [N,d] of one head.
+        sizes: Sizes [N] of the tokens.
+        selected: Key list [K] of the tile.
+        first: Index of the token that index 0 of the list refers to; earlier tokens are always attended to.
+        key_pool: Number of patches per background token, or 0.
+    """
     listed = np.concatenate([np.arange(first), first + selected.astype(np.int64)])
     keys, values, offsets = [k[listed]], [v[listed]], [np.log(sizes[listed])]
     patches = k.shape[0] - first
-    for start in range(0, patches, cell) if cell else ():
-        rest = first + np.setdiff1d(np.arange(start, min(start + cell, patches)), selected)
+    for start in range(0, patches, key_pool) if key_pool else ():
+        rest = first + np.setdiff1d(np.arange(start, min(start + key_pool, patches)), selected)
         if len(rest):
             keys.append(np.average(k[rest], 0, sizes[rest])[None])
             values.append(np.average(v[rest], 0, sizes[rest])[None])
@@ -168,15 +187,16 @@ def _attend(q: Array, keys: Array, values: Array, offsets: Array, scale: float) 
 
 
 def dense_attention(qkv: Array, sizes: Array, *, num_heads: int, scale: float) -> Array:
-    """DenseAttention: float64 [B,N,C]."""
+    """Compute DenseAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
     offsets = np.log(sizes.astype(np.float64))[:, None, None]
     return _merge_heads(_softmax(scale * q @ k.swapaxes(-1, -2) + offsets) @ v)
 
 
 def cached_attention(qkv: Array, cache: Array, counts: Array, *, num_heads: int, scale: float) -> Array:
-    """CachedAttention: float64 [B,N,C]."""
+    """Compute CachedAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
+    # The keys are repeated as placeholder queries, which `split_heads` expects.
     _, old_k, old_v = split_heads(np.concatenate([cache[..., : cache.shape[-1] // 2], cache], -1), num_heads)
     with np.errstate(divide="ignore"):
         offsets = np.log(np.concatenate([np.ones(qkv.shape[:2]), counts], 1, dtype=np.float64))[:, None, None]
@@ -185,7 +205,7 @@ def cached_attention(qkv: Array, cache: Array, counts: Array, *, num_heads: int,
 
 
 def match_tokens(qkv: Array, sizes: Array, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Array:
-    """MatchTokens: pairs int32 [B,N-merged,2]."""
+    """Compute MatchTokens: int32 pairs [B,N-merged,2]."""
     metric = split_heads(qkv, num_heads)[1][:, :, num_prefix:].mean(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         metric = metric / np.sqrt((metric**2).sum(-1, keepdims=True))
@@ -194,7 +214,10 @@ def match_tokens(qkv: Array, sizes: Array, *, num_heads: int, num_prefix: int, w
 
 
 def _pairs(metric: Array, sizes: Array, prefix: int, window: int, merged: int) -> Array:
-    """Pairs of one image, from its metric [P,d] and sizes [P]."""
+    """Return the pairs [N-merged,2] of one image, given its metric [P,d] and sizes [P].
+
+    Each even patch is a suitor of its most similar odd patch within the window.
+    """
     patches = metric.shape[0]
     sought = patches // 2
     suitors: dict[int, tuple[float, int]] = {}
@@ -218,7 +241,7 @@ def _pairs(metric: Array, sizes: Array, prefix: int, window: int, merged: int) -
 
 
 def merge_tokens(x: Array, sizes: Array, pairs: Array) -> Array:
-    """MergeTokens: float64 [B,M,C]."""
+    """Compute MergeTokens: float64 [B,M,C]."""
     rows = np.arange(x.shape[0])[:, None]
     first, second = pairs[..., 0], pairs[..., 1]
     x, weight = x.astype(np.float64), sizes.astype(np.float64)

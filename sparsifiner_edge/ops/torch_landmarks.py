@@ -1,4 +1,4 @@
-"""The published predictor in PyTorch: LandmarkKeySelect, and the form that is trained."""
+"""The published predictor in PyTorch: LandmarkKeySelect and its trainable form."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from sparsifiner_edge.ops.torch import run, split_heads, top_keys
 
 
 def landmark_coefficients(q: Tensor, k: Tensor, weights: Sequence[Tensor], scale: float) -> Tensor:
-    """Coefficients of patch queries over landmarks: q, k [B,H,N,d] -> float32 [B,H,N-1,L], differentiable.
+    """Return the coefficients of the patch queries over the landmarks, differentiable.
 
     Args:
-        weights: the operator's inputs after qkv, in the schema's order.
+        q: Queries [B,H,N,d].
+        k: Keys [B,H,N,d].
+        weights: Inputs of the operator after `qkv`, in the order of the schema.
+        scale: Scale of the logits.
+
+    Returns:
+        Coefficients [B,H,N-1,L] in float32.
     """
     with torch.autocast(q.device.type, enabled=False):
         proj_q, bias_q, proj_k, bias_k, down, _ = (weight.float() for weight in weights)
@@ -27,9 +33,10 @@ def landmark_coefficients(q: Tensor, k: Tensor, weights: Sequence[Tensor], scale
 
 
 def landmark_attention(q: Tensor, k: Tensor, weights: Sequence[Tensor], scale: float) -> Tensor:
-    """The training-time form of the published predictor: signed, unthresholded, differentiable [B,H,N-1,N].
+    """Return the predicted attention of the published predictor in its training form: [B,H,N-1,N], differentiable.
 
-    It is held against the teacher's attention rows (Sparsifiner, section 3.3); inference uses `landmark_key_select`.
+    The basis is signed and no threshold is applied. Distillation compares the result with the attention rows of the
+    teacher (Sparsifiner, section 3.3). Inference uses `landmark_key_select`.
     """
     return landmark_coefficients(q, k, weights, scale) @ weights[-1].float().mT
 
@@ -38,10 +45,10 @@ def landmark_attention(q: Tensor, k: Tensor, weights: Sequence[Tensor], scale: f
 def landmark_scores(
     qkv: Tensor, *weights: Tensor, num_heads: int, scale: float, top_coefficients: int, basis_threshold: float
 ) -> Tensor:
-    """Selection scores of LandmarkKeySelect: float32 [B,H,N-1,N]."""
+    """Return the selection scores of LandmarkKeySelect: float32 [B,H,N-1,N]."""
     q, k, _ = split_heads(qkv, num_heads)
     coefficients = landmark_coefficients(q, k, weights, scale)
-    # `topk` says not which of equal ones it takes.
+    # `topk` does not define which of several equal values it takes.
     dropped = coefficients.sort(dim=-1, descending=True, stable=True).indices[..., top_coefficients:]
     basis = F.threshold(weights[-1].float().abs(), basis_threshold, 0.0)
     scores: Tensor = coefficients.scatter(-1, dropped, 0.0) @ basis.mT
@@ -49,7 +56,7 @@ def landmark_scores(
 
 
 def landmark_key_select(qkv: Tensor, *weights: Tensor, **attributes: Any) -> Tensor:
-    """LandmarkKeySelect: indices int32 [B,H,N-1,K]; `weights` are its inputs after qkv, in the schema's order."""
+    """Run LandmarkKeySelect: int32 indices [B,H,N-1,K]; `weights` are the inputs after `qkv` in the schema's order."""
     return run("LandmarkKeySelect", _landmark_key_select, (qkv, *weights), attributes)
 
 

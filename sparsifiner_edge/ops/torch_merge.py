@@ -1,4 +1,4 @@
-"""MatchTokens and MergeTokens in PyTorch; see `torch.py`, which has the operators of attention."""
+"""MatchTokens and MergeTokens in PyTorch; `torch.py` contains the attention operators."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from torch import Tensor
 
 from sparsifiner_edge.ops.torch import rows_at, run, split_heads, top_keys, true_places
 
-_BROKEN, _NOBODY = -1e30, -3e30
-"""How alike tokens are at least, and what is less than that."""
+_BROKEN = -1e30
+"""Lower bound of the similarity of two tokens; NaN counts as this value."""
+_NOBODY = -3e30
+"""Similarity that stands for "no partner"; it is below every real similarity."""
 
 
 def match_tokens(qkv: Tensor, sizes: Tensor, **attributes: Any) -> Tensor:
-    """MatchTokens: pairs int32 [B,N-merged,2]. No gradient flows through the choice."""
-    # Not within `no_grad`, of which torch.export would make a module.
+    """Run MatchTokens: int32 pairs [B,N-merged,2]. The matching has no gradient."""
+    # `no_grad` is not applied here: torch.export would turn it into a submodule.
     return run("MatchTokens", _match_tokens, (qkv, sizes), attributes)
 
 
@@ -26,15 +28,15 @@ def _match_tokens(qkv: Tensor, sizes: Tensor, *, num_heads: int, num_prefix: int
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
     best, partner = _best_partners(metric, sizes[:, num_prefix:], window)
     score, suitor = _best_suitors(best, partner, metric.shape[1] // 2, window)
-    # The lower index wins a tie in each step: `max` keeps the first.
+    # Ties go to the lower index in every step: `max` returns the first maximum.
     winners = top_keys(score, merged).long()
     chosen = suitor.gather(1, winners)
     alone = chosen < 0
-    # Those without a suitor mark the last place, which is nobody's.
+    # Winners without a suitor write to the extra last entry, which is discarded.
     taken = torch.zeros(batch, best.shape[1] + 1, dtype=torch.bool, device=qkv.device)
     taken = taken.scatter(1, torch.where(alone, best.shape[1], chosen), True)
     free = true_places(~taken[:, :-1], best.shape[1])
-    # Winners without a suitor, in their order, take the free ones in theirs.
+    # Winners without a suitor are paired with the free even patches, both in ascending order.
     chosen = torch.where(alone, free.gather(1, (alone.cumsum(1) - 1).clamp_min(0)), chosen)
     gone = torch.zeros(batch, tokens, dtype=torch.bool, device=qkv.device)
     gone = gone.scatter(1, num_prefix + 2 * chosen, True)
@@ -45,7 +47,16 @@ def _match_tokens(qkv: Tensor, sizes: Tensor, *, num_heads: int, num_prefix: int
 
 
 def _best_partners(metric: Tensor, sizes: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """How alike each seeker's best partner within the window is [B,E], and which of the sought that is [B,E]."""
+    """Return the similarity of each even patch to its best partner in the window, and the partner's index.
+
+    Args:
+        metric: Normalized mean keys [B,P,d].
+        sizes: Sizes [B,P].
+        window: Number of candidates.
+
+    Returns:
+        Similarities [B,E] and indices [B,E] into the odd patches.
+    """
     seek, sought = metric[:, ::2], metric[:, 1::2]
     places = torch.arange(seek.shape[1], device=seek.device)[:, None]
     places = places + torch.arange(-window // 2, window // 2, device=seek.device)
@@ -58,7 +69,19 @@ def _best_partners(metric: Tensor, sizes: Tensor, window: int) -> tuple[Tensor, 
 
 
 def _best_suitors(best: Tensor, partner: Tensor, sought: int, window: int) -> tuple[Tensor, Tensor]:
-    """How alike each sought token's best suitor is [B,O] (_NOBODY: it has none), and that suitor or -1."""
+    """Return the similarity of each odd patch to its best suitor, and the suitor's index.
+
+    A suitor is an even patch whose best partner is this odd patch.
+
+    Args:
+        best: Similarity [B,E] of each even patch to its best partner.
+        partner: Index [B,E] of that partner among the odd patches.
+        sought: Number of odd patches O.
+        window: Number of candidates.
+
+    Returns:
+        Similarities [B,O], `_NOBODY` without a suitor, and indices [B,O] into the even patches, -1 without a suitor.
+    """
     places = torch.arange(sought, device=best.device)[:, None]
     places = places + torch.arange(1 - window // 2, window // 2 + 1, device=best.device)
     outside = (places < 0) | (places >= best.shape[1])
@@ -70,7 +93,7 @@ def _best_suitors(best: Tensor, partner: Tensor, sought: int, window: int) -> tu
 
 
 def merge_tokens(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
-    """MergeTokens: [B,M,C], differentiable in x."""
+    """Run MergeTokens: [B,M,C], differentiable in x."""
     return run("MergeTokens", _merge_tokens, (x, sizes, pairs), {})
 
 

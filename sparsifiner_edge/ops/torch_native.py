@@ -1,4 +1,7 @@
-"""The native kernels from PyTorch, on request: to judge many plans, and never where gradients flow."""
+"""Optional dispatch of the PyTorch operators to the native kernels, to evaluate many plans quickly on the CPU.
+
+The native kernels never run where a gradient is needed.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,20 @@ from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.operator import Attributes
 
 _OPERATORS: ContextVar[Operators | None] = ContextVar("operators", default=None)
+"""Native operators of the active `native_kernels` context, or None."""
 
 
 @contextlib.contextmanager
 def native_kernels(threads: int) -> Iterator[None]:
-    """Meanwhile `key_select` and `sparse_attention` of float32 tensors on the processor run in the native kernels; in
-    PyTorch still where those are not built (`native.why_unusable`) or a gradient is asked for.
+    """Run `key_select` and `sparse_attention` of float32 CPU tensors with the native kernels inside this context.
+
+    PyTorch still runs them where the native library is unusable (`native.why_unusable`) or a gradient is needed.
+
+    Args:
+        threads: Number of threads, including the calling one.
 
     Raises:
-        BackendError: that many threads cannot be started.
+        BackendError: The threads cannot be started.
     """
     if native.why_unusable() is not None:
         yield
@@ -37,12 +45,12 @@ def native_kernels(threads: int) -> Iterator[None]:
 
 
 def within_native_kernels() -> bool:
-    """Whether `native_kernels` are requested, and there."""
+    """Return True inside an active `native_kernels` context whose native library is usable."""
     return not torch.compiler.is_compiling() and _OPERATORS.get() is not None
 
 
 def single_sizes(x: Tensor) -> Tensor:
-    """The sizes of tokens x [B,N,C] that were never merged: ones, float32 [B,N]."""
+    """Return the sizes of tokens x [B,N,C] that were never merged: ones, float32 [B,N]."""
     return x.new_ones(x.shape[:2], dtype=torch.float32)
 
 
@@ -52,10 +60,16 @@ def native_result(
     inputs: Sequence[Tensor | None],
     output: Callable[[], tuple[list[Tensor], torch.dtype, list[int]]],
 ) -> Tensor | None:
-    """What the native kernels make of an operator's inputs; None where they are not requested, or cannot run it.
+    """Run an operator with the native kernels.
 
     Args:
-        output: gives all inputs, and the type and shape of the output.
+        name: Name of the operator.
+        attributes: Attributes of the operator.
+        inputs: Inputs in the order of the schema; None stands for the sizes of tokens that were never merged.
+        output: Function that returns all inputs (with sizes), and the type and shape of the output.
+
+    Returns:
+        The output, or None if the native kernels are not requested or cannot run the operator.
     """
     operators = None if torch.compiler.is_compiling() else _OPERATORS.get()
     if operators is None or name not in ("KeySelect", "SparseAttention"):

@@ -1,6 +1,7 @@
-"""The operators on a CUDA GPU: kernels in Triton where they can run (`ops.triton.why_not_triton` says why not).
+"""Dispatch of the PyTorch operators to Triton kernels on a CUDA GPU.
 
-Where a gradient may follow, PyTorch runs: the kernels have none.
+The kernels run where possible; `ops.triton.why_not_triton` returns the reasons if not. They have no backward pass, so
+PyTorch runs wherever a gradient may be needed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ from sparsifiner_edge.ops.triton import why_not_triton
 
 
 def triton_result(name: str, attributes: Attributes, *inputs: Tensor | None) -> Tensor | None:
-    """The output of MatchTokens or MergeTokens, of its schema's inputs, or None: PyTorch runs it. Lists run by layers:
-    see `triton_layer`.
+    """Run MatchTokens or MergeTokens with the Triton kernels.
+
+    KeySelect and SparseAttention run together as one layer; see `triton_layer`.
+
+    Args:
+        name: Name of the operator.
+        attributes: Attributes of the operator.
+        *inputs: Inputs in the order of the schema.
+
+    Returns:
+        The output, or None if PyTorch must run the operator.
     """
     if name not in ("MatchTokens", "MergeTokens"):
         return None
@@ -35,8 +45,17 @@ def triton_result(name: str, attributes: Attributes, *inputs: Tensor | None) -> 
 def triton_layer(
     attributes: Attributes, qkv: Tensor, sizes: Tensor | None, proj_q: Tensor, proj_k: Tensor
 ) -> Tensor | None:
-    """The output of SparseAttention over the lists of a KeySelect, whose attributes and inputs these are (sizes
-    None: no tokens merged); None where that does not run here, or a file is exported.
+    """Run KeySelect and the SparseAttention that reads its key lists with the Triton kernels.
+
+    Args:
+        attributes: Attributes of KeySelect.
+        qkv: Packed queries, keys and values [B,N,3C].
+        sizes: Token sizes [B,N], or None if no tokens were merged.
+        proj_q: Projection [H,d,c] of the pooled queries.
+        proj_k: Projection [H,d,c] of the keys.
+
+    Returns:
+        The output [B,N,C] of SparseAttention, or None if the kernels cannot run here or a model is being exported.
     """
     if torch.onnx.is_in_onnx_export() or within_native_kernels():
         return None
@@ -49,11 +68,19 @@ def triton_layer(
 
 
 def _runs(name: str, attributes: Attributes, x: Tensor, *others: Tensor) -> bool:
-    """Others: what follows x and the sizes. Tensors of several devices are for PyTorch to refuse."""
+    """Return True if the Triton kernels can run an operator.
+
+    Args:
+        name: Name of the operator.
+        attributes: Attributes of the operator.
+        x: First input.
+        *others: Inputs after `x` and the sizes. If they are on another device, PyTorch raises the error.
+    """
     return all(y.device == x.device for y in others) and not why_not_triton(
         name, attributes, (x.shape, x.shape[:2], *(y.shape for y in others)), x
     )
 
 
 def _needs_gradient(x: Tensor) -> bool:
+    """Return True if autograd records operations on `x`."""
     return torch.is_grad_enabled() and x.requires_grad

@@ -1,1 +1,1 @@
-"""The fastest sparse model at a fidelity that the user names, on the device at hand (`optimize`)."""
+"""`optimize`: the fastest sparse model that keeps a fidelity, on the device at hand."""

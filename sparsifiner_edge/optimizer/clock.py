@@ -1,4 +1,4 @@
-"""The time that a search has: a hard end, and what its steps have taken so far, which tells what still fits."""
+"""Time budget of a search: a hard end, and the duration of past steps, which predicts what still fits."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from types import FrameType
 
 from sparsifiner_edge.progress import Progress
 
-CLOSING_S, CLOSING_SHARE = 10.0, 0.08
-"""Seconds before the end, and share of all at most, that what was found is written in."""
+CLOSING_S = 10.0
+"""Seconds before the end that are reserved for writing the result."""
+CLOSING_SHARE = 0.08
+"""Maximum share of the whole time that is reserved for writing the result."""
 AGAIN_S = 4.0
-"""Between two alarms: code of others may swallow one."""
-SOON_S, MOST_SOON = 0.02, 50
-"""Until the next where Python itself would swallow it, and print it; and how often that may be."""
+"""Seconds between two alarms: third-party code may swallow one."""
+SOON_S = 0.02
+"""Seconds until the next alarm where Python itself would swallow one and print it."""
+MOST_SOON = 50
+"""Maximum number of such early alarms."""
 SPARE = 1.15
-"""A step may take so many times as long as the last of its kind."""
+"""Factor by which a step may take longer than the last one of its kind."""
 
 
 class TimeIsUpError(BaseException):
-    """The time is over, or someone wants it to be. No `Exception`, which code of others would take for its own."""
+    """The time is over, or the user interrupted. It is no `Exception`, which third-party code would catch."""
 
 
 class Clock:
-    """Counts from when it is made.
+    """Clock that starts when it is made.
 
     Args:
-        seconds: that all may take. progress: is told the stage, and the seconds gone of these.
+        seconds: Seconds for the whole search.
+        progress: Callback that receives the stage and the seconds gone.
     """
 
     def __init__(self, seconds: float, progress: Progress | None = None) -> None:
@@ -38,19 +43,19 @@ class Clock:
 
     @property
     def gone(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since the start."""
         return time.monotonic() - self._begun
 
     @property
     def remaining(self) -> float:
-        """Seconds until what was found is to be written."""
+        """Seconds until the result must be written."""
         return self.seconds - self.gone - min(CLOSING_S, CLOSING_SHARE * self.seconds)
 
     def tell(self, stage: str, _done: float = 0.0, _total: float = 0.0) -> None:
-        """What goes on; a `Progress` too, for work that counts something of its own.
+        """Report the current stage; also a `Progress` callback for work with its own unit.
 
         Raises:
-            TimeIsUpError: nothing may go on.
+            TimeIsUpError: The time is over.
         """
         if self._progress:
             self._progress(stage, min(self.gone, self.seconds), self.seconds)
@@ -60,27 +65,32 @@ class Clock:
 
     @contextlib.contextmanager
     def step(self, kind: str, stage: str) -> Iterator[None]:
-        """A step of a kind, told by its stage, whose time is remembered."""
+        """Run a step of a kind, report its stage, and remember its duration."""
         self.tell(stage)
         begun = time.monotonic()
         yield
         self._took[kind] = time.monotonic() - begun
 
     def took(self, *kinds: str) -> float:
-        """Seconds of the last steps of these kinds together; what was never taken counts nothing."""
+        """Return the total duration of the last steps of these kinds in seconds; 0 for kinds that never ran."""
         return sum(self._took.get(kind, 0.0) for kind in kinds)
 
     def fits(self, *kinds: str, reserve: float = 0.0) -> bool:
-        """Whether steps of these kinds are over in time if they take as long as their last ones did, and a bit more.
+        """Return True if steps of these kinds fit into the remaining time.
 
-        reserve: share of all time that is for something else.
+        They are assumed to take a bit more than their last ones.
+
+        Args:
+            kinds: Kinds of the steps.
+            reserve: Share of the whole time that is kept for something else.
         """
         return SPARE * self.took(*kinds) < self.remaining - reserve * self.seconds
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """What runs inside ends when the time is over, wherever it is, and at Ctrl-C or SIGTERM; what follows goes on.
-        In another thread than the main one it ends at its next step alone.
+        """End the block wherever it is when the time is over, or at Ctrl-C or SIGTERM; execution continues after it.
+
+        In any thread but the main one, it ends only at the next step.
         """
         main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM) if main else ()
@@ -110,7 +120,7 @@ class Clock:
 
 
 def _in_destructor(frame: FrameType | None) -> bool:
-    """Whether what an alarm met is an object's end, which swallows all that is raised."""
+    """Return True if an alarm interrupted an object's destructor, which swallows exceptions."""
     while frame is not None and frame.f_code.co_name != "__del__":
         frame = frame.f_back
     return frame is not None

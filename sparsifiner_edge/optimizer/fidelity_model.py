@@ -1,11 +1,10 @@
-"""A model of how what single layers lose adds up, fitted to what was measured.
+"""Model of how errors of single layers add up, fitted to measurements.
 
-A layer that merges a share f of its tokens loses a_l f^s t^b: the pairs most alike merge first, so that more merge ever
-worse (s); t is the mean size of the tokens, since those that merged before are less alike than single ones (b). One
-that reads a share of its keys loses k_l share^-p times the share of tokens that is left to the power q. Distances (1 -
-cosine) of perturbations that do not know of each other add; what they lack or exceed together is one factor and one
-exponent for all. Everything starts from two measurements of each layer alone, and is fitted anew to all plans that were
-measured, in the logarithm.
+A layer that merges a share f of its tokens adds a_l f^s t^b: the most similar pairs merge first, so further merges are
+worse (s); t is the mean size of the tokens, since merged tokens are less similar than single ones (b). A layer that
+reads a share of its keys adds k_l share^-p times the share of remaining tokens to the power q. Errors (1 - cosine) of
+independent perturbations add; one factor and one exponent for all absorb the deviation. Everything starts from two
+measurements of each layer alone and is fitted in the logarithm to all measured plans.
 """
 
 from __future__ import annotations
@@ -21,11 +20,17 @@ from sparsifiner_edge.optimizer.trial import ROUNDING
 from sparsifiner_edge.plan import LayerPlan
 
 PROBED = 0.2
-"""Share of keys that each layer is measured with alone."""
-STEEP, SIZE, LEFT, FALL = 1.6, 0.5, 0.0, 1.6
-"""s, b, q and each layer's p before anything is fitted."""
+"""Share of keys with which each layer is measured alone."""
+STEEP = 1.6
+"""Initial value of s."""
+SIZE = 0.5
+"""Initial value of b."""
+LEFT = 0.0
+"""Initial value of q."""
+FALL = 1.6
+"""Initial value of each layer's p."""
 QUARTER = 0.25
-"""Share that merges where a layer is measured alone."""
+"""Share of the tokens that merges where a layer is measured alone."""
 SPREADS = {
     "merge": 0.7,
     "keep": 0.7,
@@ -36,19 +41,21 @@ SPREADS = {
     "factor": 0.7,
     "exponent": 0.15,
 }
-"""How far each parameter is expected to move, against a distance's logarithm."""
+"""Expected deviation of each parameter, relative to that of an error's logarithm."""
 NOISE = 0.1
-"""Of a measured distance's logarithm that no model explains."""
-FIT_STEPS, FIT_RATE = 400, 0.05
+"""Unexplained deviation of the logarithm of a measured error."""
+FIT_STEPS = 400
+FIT_RATE = 0.05
 
 
 class FidelityModel:
-    """Distances of plans.
+    """Predicts errors of plans.
 
     Args:
-        merge, keep: of the model with one layer changed: where an even quarter of its patches merges [L], and where it
-            reads `PROBED` of its keys [L].
-        patches: of the image. least: a distance counts as no smaller.
+        merge: Error of the model with one layer changed: a quarter of its patches merges [L].
+        keep: Error of the model with one layer changed: it reads `PROBED` of its keys [L].
+        patches: Number of patches of the image.
+        least: Smallest error that counts.
     """
 
     def __init__(self, merge: Sequence[float], keep: Sequence[float], patches: int, least: float = ROUNDING) -> None:
@@ -58,12 +65,12 @@ class FidelityModel:
         self.parameters |= {name: torch.zeros(len(merge)).double() for name in ("merge", "keep", "fall")}
 
     def merging(self, layer: int, before: Array, after: Array) -> Array:
-        """What merging from `before` to `after` patches loses in this layer."""
+        """Return the error of merging from `before` to `after` patches in a layer."""
         remaining, merged = (torch.from_numpy(np.asarray(x, float)) for x in (before, before - after))
         return np.asarray(float(self._merge_weights()[layer]) * self._merging(remaining, merged).numpy())
 
     def reading(self, layer: int, share: float, counts: Array) -> Array:
-        """What a share of keys loses in this layer, at numbers of patches."""
+        """Return the error of reading a share of the keys in a layer, for numbers of patches."""
         if share == 1:
             return np.zeros(np.shape(counts))
         remaining = np.asarray(counts, float) / self.patches
@@ -71,15 +78,15 @@ class FidelityModel:
         return np.asarray(weight * remaining ** float(self.parameters["left"]))
 
     def of(self, plan: LayerPlan) -> float:
-        """The distance of a plan."""
+        """Return the predicted error of a plan."""
         with torch.no_grad():
             return float(self._logs([plan]).exp())
 
-    def fit(self, plans: Sequence[LayerPlan], distances: Sequence[float]) -> FidelityModel:
-        """Fit to what was measured, in place; without any, it stays at what each layer alone loses."""
+    def fit(self, plans: Sequence[LayerPlan], errors: Sequence[float]) -> FidelityModel:
+        """Fit to measurements, in place; without any, the model keeps the errors of single layers."""
         if not plans:
             return self
-        wanted = torch.log(torch.tensor(distances).double().clamp_min(self._least))
+        wanted = torch.log(torch.tensor(errors).double().clamp_min(self._least))
         for value in self.parameters.values():
             value.requires_grad_(True)
         optimiser = torch.optim.Adam(list(self.parameters.values()), lr=FIT_RATE)
@@ -95,10 +102,10 @@ class FidelityModel:
         return self
 
     def _merging(self, before: Tensor, merged: Tensor) -> Tensor:
-        """Relative to a quarter of single tokens."""
+        """Return the error relative to merging a quarter of single tokens."""
         share = (merged / before / QUARTER).clamp_min(1e-9)
-        steep, size = STEEP + self.parameters["steep"], SIZE + self.parameters["size"]
-        return share ** steep.clamp(1.0, 4.0) * (self.patches / before) ** size.clamp(-1.0, 3.0)
+        exponent, size = STEEP + self.parameters["steep"], SIZE + self.parameters["size"]
+        return share ** exponent.clamp(1.0, 4.0) * (self.patches / before) ** size.clamp(-1.0, 3.0)
 
     def _merge_weights(self) -> Tensor:
         return self._quarter * self.parameters["merge"].exp()

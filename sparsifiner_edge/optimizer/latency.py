@@ -1,7 +1,7 @@
-"""Latency of a plan on this machine: times of a layer's parts at some numbers of tokens, measured once, and summed.
+"""Latency of a plan on this machine, as a sum of measured times of a layer's parts.
 
-Two models measured whole correct a sum: the dense one scales it, and a sparse one shows what it costs to have operators
-of ours among a runtime's own.
+Two whole models correct the sum: the dense one scales it, and a sparse one shows the cost of our operators inside a
+runtime's graph.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.export import model_shape
-from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.ops.triton.schedule import LEAST_CAPABILITY
 from sparsifiner_edge.optimizer.pieces import LINEAR, attention_piece, linear_pieces, merging_piece, piece_times
+from sparsifiner_edge.pareto import Deployment
 from sparsifiner_edge.plan import LEAST_PATCHES, LayerPlan
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board
@@ -30,28 +30,28 @@ from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
-"""Of the keys, that a layer of a plan reads; 1 is dense."""
+"""Shares of the keys that a layer of a plan may read; 1 is dense."""
 MEASURED_SIZES = 5
-"""Numbers of tokens that are measured, from the image's down to a tenth."""
+"""Number of token counts that are measured, from the image's down to a tenth."""
 LEAST_MS = 1e-4
-"""What no part takes less than, where shares of its time are reckoned with."""
+"""Minimum time of a part, where relative errors of its time are computed."""
 EACH = 2
-"""Merging is measured at one in this many of them: its time is nearly linear, its graph slow to make."""
+"""Merging is measured at one in this many token counts: its time is nearly linear and its graph is slow to make."""
 
 
 class PlanLatency:
-    """Milliseconds of plans, from those of a layer's parts and what was measured of whole models.
+    """Predicts milliseconds of plans from the times of a layer's parts and of whole models.
 
-    A part's time is a constant, a cost per token and one per pair of tokens, none of them negative, fitted to what was
-    measured: plans would otherwise be chosen for the noise of single entries.
+    The time of a part is a constant, a cost per token and one per pair of tokens, none negative, fitted to the
+    measurements: otherwise plans would be chosen for the noise of single entries.
 
     Args:
-        patches: that the parts were measured with, most first: the image's own.
-        parts: milliseconds at each of these of "projections", "mlp" and "merging" (see `pieces`), and of attention by
-            its share of keys (see `name_of`), selection and cells included, over tokens with sizes but for the image's
-            own, of which none has merged yet.
-        scale: of the sum of parts: a machine's speed changes, and in a model parts follow one another.
-        ours: what a model takes that has operators of ours, beyond these. See `calibrate`.
+        patches: Numbers of patches at which the parts were measured, the image's own first.
+        parts: Milliseconds at each of these of "projections", "mlp" and "merging" (see `pieces`), and of attention by
+            its share of keys (see `name_of`), with selection and background tokens; tokens have sizes except at the
+            image's own number.
+        scale: Factor on the sum: a machine's speed changes, and in a model the parts follow one another.
+        ours: Extra time of a model with our operators; see `calibrate`.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class PlanLatency:
         self._fits = {name: _fit(patches, values) for name, values in parts.items()}
 
     def of_part(self, name: str, counts: Any) -> Any:
-        """Of one of the parts, at numbers of patches [n]."""
+        """Return the time of a part at numbers of patches [n]."""
         return self.scale * (_powers(counts) @ self._fits[name])
 
     def of(self, plan: LayerPlan) -> float:
-        """Of a whole model."""
+        """Return the time of a whole model."""
         counts = plan.tokens(self.measured[0])
         total = float(sum(self.of_part("projections", counts[:-1]) + self.of_part("mlp", counts[1:])))
         for before, rate, share in zip(counts[:-1], plan.merge, plan.keep, strict=True):
@@ -74,7 +74,10 @@ class PlanLatency:
         return total + (0.0 if plan.is_dense else self.ours)
 
     def calibrate(self, plan: LayerPlan, ms: float) -> PlanLatency:
-        """The same, so that a plan takes as long as was measured: the dense one scales, others tell `ours`."""
+        """Return a model that predicts the measured time for a plan.
+
+        The dense plan sets `scale`, any other sets `ours`.
+        """
         scale, ours = self.scale, self.ours
         if plan.is_dense:
             scale *= ms / self.of(plan)
@@ -89,7 +92,7 @@ def _powers(counts: Any) -> Array:
 
 
 def _fit(patches: Sequence[int], values: Sequence[float]) -> Array:
-    """Coefficients of 1, n and n^2, none negative, that miss the values least, each by its own share."""
+    """Return non-negative coefficients of 1, n and n^2 with the smallest relative errors."""
     weight = 1 / np.maximum(np.asarray(values, float), LEAST_MS)
     columns, wanted = _powers(patches) * weight[:, None], np.asarray(values, float) * weight
     fits: list[tuple[float, Array]] = []
@@ -103,17 +106,18 @@ def _fit(patches: Sequence[int], values: Sequence[float]) -> Array:
 
 
 def name_of(share: float) -> str:
-    """Attention at a share of keys, as a part is named."""
+    """Return the name of the part for attention at a share of keys."""
     return f"{share:g}"
 
 
 def measure_latency(
     student: Student, engine: Deployment, reads: bool = True, progress: Progress | None = None
 ) -> PlanLatency:
-    """On this machine (see `piece_times`). reads: whether plans may read less than all keys.
+    """Measure on this machine (see `piece_times`); `reads`: plans may read less than all keys.
 
     Raises:
-        MissingExtraError, BackendError: the engine cannot run here.
+        MissingExtraError: The engine is not installed.
+        BackendError: The engine cannot run here.
     """
     backbone, sparsity = backbone_of(deploy(student).model), student.sparsity
     geometry, prefix, whole = backbone.geometry, backbone.prefix, backbone.patches
@@ -121,7 +125,7 @@ def measure_latency(
     steps = [round(whole * (least / whole) ** (n / (MEASURED_SIZES - 1))) for n in range(MEASURED_SIZES)]
     patches = sorted(set(steps), reverse=True)
     few = patches[::EACH][::-1]
-    dense = linear_pieces(backbone.layers[0], backbone.width, engine.stored == "int8", prefix, patches)
+    dense = linear_pieces(backbone.layers[0], backbone.width, engine.precision == "int8", prefix, patches)
     dense |= {
         ("merging", n): merging_piece(geometry, prefix, sparsity.merge_window, n, backbone.width, whole) for n in few
     }
@@ -134,20 +138,23 @@ def measure_latency(
     }
     ms = piece_times(ours, engine.execution, progress) | piece_times(dense, engine.dense_host.execution, progress)
     parts = {name: [ms[name, n] for n in patches] for name in (*map(name_of, shares), *LINEAR)}
-    parts = {name_of(share): parts[name_of(SHARES[-1])] for share in SHARES} | parts  # What is not read is dense.
+    parts = {
+        name_of(share): parts[name_of(SHARES[-1])] for share in SHARES
+    } | parts  # Shares that were not measured are dense.
     parts["merging"] = np.interp(patches, few, [ms["merging", n] for n in few]).tolist()
     return PlanLatency(patches, parts)
 
 
 ESTIMATED_SIZES = 24
-"""Numbers of tokens that parts are estimated at."""
+"""Number of token counts at which parts are estimated."""
 MERGED = 8
-"""One patch in this many merges where merging is counted."""
+"""One patch in this many merges where merging is estimated."""
 
 
 def takes_kernels(board: Board | None, stored: str = "fp16") -> bool:
-    """Whether files of a precision carry kernels for a board: its GPU and JetPack are such as they are for, and Triton
-    is there to compile.
+    """Return True if files of a precision can carry kernels for a board.
+
+    Its GPU and JetPack must be supported, and Triton must work.
     """
     if board is None or board.sm < LEAST_CAPABILITY or stored == "fp32" or why_no_kernels(board.release(None)):
         return False
@@ -155,10 +162,10 @@ def takes_kernels(board: Board | None, stored: str = "fp16") -> bool:
 
 
 def estimate_latency(student: Student, board: Board, precision: str) -> PlanLatency:
-    """Milliseconds on a board at a precision. On a GPU that takes no kernels sparse operators are function bodies.
+    """Estimate latency on a board. On a GPU without kernels, sparse operators run as function bodies.
 
     Raises:
-        ConfigError: the board has no arithmetic for the precision.
+        ConfigError: The board has no arithmetic for the precision.
     """
     shape, gpu = model_shape(student.model), board.kind == "gpu"
     runs = ("kernels" if takes_kernels(board, precision) else "bodies") if gpu else "native"
@@ -173,14 +180,14 @@ def estimate_latency(student: Student, board: Board, precision: str) -> PlanLate
         rate = max(0, min(patches // MERGED, patches - LEAST_PATCHES))
         return costs(patches, dataclasses.replace(base, merge=(rate,)))
 
-    least = max(base.tile, shape.patches // 10, LEAST_PATCHES + 1)  # of which one can merge
+    least = max(base.tile, shape.patches // 10, LEAST_PATCHES + 1)  # so that one token can merge
     patches = sorted({round(n) for n in np.geomspace(least, shape.patches, ESTIMATED_SIZES)}, reverse=True)
     plain = [costs(count, base) for count in patches]
     parts = {name: [_ms(layer, name) for layer in plain] for name in ("projections", "mlp")}
     parts["merging"] = [_ms(merging(count), "pruning") for count in patches]
     for share in SHARES:
         layers = (costs(count, dataclasses.replace(base, keep=share)) for count in patches)
-        parts[name_of(share)] = [_ms(layer, "predictor", "cells", "attention") for layer in layers]
+        parts[name_of(share)] = [_ms(layer, "predictor", "background", "attention") for layer in layers]
     latency, nothing = PlanLatency(patches, parts), LayerPlan.dense(shape.depth)
     return latency.calibrate(nothing, latency.of(nothing) + _ms(plain[0], "embedding"))
 

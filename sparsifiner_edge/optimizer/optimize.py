@@ -1,4 +1,4 @@
-"""`optimize`: the fastest at a fidelity, or the most faithful within a latency, of plans by layer."""
+"""`optimize`: the fastest plan that keeps a fidelity, or the most faithful one within a latency."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.export.export import ExportOptions
 from sparsifiner_edge.export.gpu_layout import gpu_sparsity
 from sparsifiner_edge.files import io_errors, replace_folder, scratch_folder
-from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.explore import LAST_SHARE, Search, explore
 from sparsifiner_edge.optimizer.latency import PlanLatency, estimate_latency, measure_latency, takes_kernels
-from sparsifiner_edge.optimizer.picture import draw_front
+from sparsifiner_edge.optimizer.picture import draw_pareto_front
 from sparsifiner_edge.optimizer.remarks import remarks_on
 from sparsifiner_edge.optimizer.request import CHECKED, LEAST_IMAGES, OptimizeOptions, SearchRequest, read_request
 from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.optimizer.whole import Attempt, WholeModels, link_images
+from sparsifiner_edge.pareto import Candidate, Deployment, ParetoFront, Point, SearchMethod, SearchResult
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.profiles.stats import quantity, skewed_mean
@@ -52,19 +52,34 @@ from sparsifiner_edge.sparse.student import (
     teacher_of,
 )
 
-FRONT, PICTURE, PAGE, START, STUDENT, BUNDLE = "front.json", "front.png", "report.html", "start", "student", "bundle"
+FRONT = "front.json"
+PICTURE = "front.png"
+PAGE = "report.html"
+START = "start"
+STUDENT = "student"
+BUNDLE = "bundle"
 START_SHARE = 0.25
-"""Of keys, of the student that plans are made from: each gives its own."""
+"""Share of keys of the model from which plans are made; each plan sets its own."""
 PREDICTOR_IMAGES = 8
-"""Images at most that predictors are calibrated with."""
-LEARNING_IMAGES, LEARNING_SHARE = 60.0, 0.12
-"""Learning takes as long as the dense model does for so many images, about; and what it may take of all time."""
+"""Maximum number of images for fitting the predictors."""
+LEARNING_IMAGES = 60.0
+"""Fitting the predictors takes about as long as the dense model does for this many images."""
+LEARNING_SHARE = 0.12
+"""Maximum share of the whole time for fitting the predictors."""
 DENSE_SHARE = 0.06
-"""Of all time, what the dense model may take on all images."""
-JUDGING_SHARE, DENSE_IMAGES, LEAST_JUDGES = 0.2, 14.0, 3
-"""Of all time, what judging plans may take, which is as long as the dense model takes for so many times the judges."""
-FINALISTS, HOSTS, LAST_S = 3, 2, 1.3
-"""Bundles, and engines of the dense model, that are timed in the end, each as long as so many quick timings."""
+"""Maximum share of the whole time for running the dense model on all images."""
+EVALUATION_SHARE = 0.2
+"""Maximum share of the whole time for evaluating plans."""
+DENSE_IMAGES = 14.0
+"""Evaluating plans takes about as long as the dense model does for this many times the selection images."""
+MIN_SELECTION = 3
+"""Minimum number of selection images."""
+FINALISTS = 3
+"""Number of bundles that are timed at the end."""
+HOSTS = 2
+"""Number of engines in which the dense model is timed at the end."""
+LAST_S = 1.3
+"""Duration of the last timing of each, relative to a quick timing."""
 
 
 def optimize(
@@ -77,26 +92,28 @@ def optimize(
     teacher: str | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Find the fastest plan at a fidelity on this machine, or the most faithful within a latency, as a bundle.
+    """Find the fastest plan that keeps a fidelity here, or the most faithful one within a latency, as a bundle.
 
     Args:
-        source: a model (see `load_source`), a student folder with predictors in the layers that may be sparse, or a
-            module in memory that contains a vision transformer, on the CPU; it stays as it is.
-        images: a folder of images like those that the model will see, or some of both; a fifth is kept for the check.
-        output: new folder for `bundle/`, `student/` (not of a module in memory), `front.json`, and with the extra
-            `report` `front.png` and `report.html`; as soon as there is one, `bundle/` holds the best so far.
-        options: what for, and for how long. model: how the source is loaded, or the teacher.
-        teacher: of a student that was trained: its dense model.
-        progress: see `Progress`; counts seconds.
+        source: A model (see `load_source`), a sparse model's folder with predictors in the layers that may be sparse,
+            or a module in memory that contains a vision transformer, on the CPU; it is not changed.
+        images: A folder of images like those that the model will see, or several paths; a fifth is held out for the
+            check.
+        output: New folder for `bundle/`, `student/` (not for a module in memory), `front.json`, and with the extra
+            `report` `front.png` and `report.html`. During the search, `bundle/` holds the best so far.
+        options: Bound, engines and time.
+        model: How the source, or the teacher, is loaded.
+        teacher: Dense model of a sparse model that was trained.
+        progress: Progress callback; counts seconds.
 
     Returns:
-        A result of kind "search"; `answer` is unavailable where nothing meets the bound: the nearest is first of the
-        finalists, and in `bundle/`.
+        A result of kind "search". `answer` is unavailable if nothing meets the bound: the closest candidate is then the
+        first finalist and in `bundle/`.
 
     Raises:
-        ConfigError: two bounds, or one out of range; too few images; a folder that holds something; no time for one
-            bundle.
-        SparsifinerError: model, student or images are unusable.
+        ConfigError: There are two bounds or one is out of range, too few images, an output folder that holds something,
+            or no time for one bundle.
+        SparsifinerError: The model or the images are unusable.
 
     Example:
         >>> few = OptimizeOptions(at_least=0.5, backends=["onnxruntime"], precisions=["fp32"], minutes=0.5)
@@ -113,7 +130,7 @@ def optimize(
             subject = _subject(source, model, teacher, takes_kernels(request.board))
             with io_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            request, trial, few = _judges(request, subject, clock)
+            request, trial, few = _open_trial(request, subject, clock)
             form = ExportOptions(fit=request.fit, labels=options.labels)
             whole = WholeModels(scratch, subject.student, subject.dense, request.images, request.board, clock, form)
             stack.enter_context(whole)
@@ -121,7 +138,7 @@ def optimize(
             _explore(search, subject, folder / START)
             _measure_last(search, dense)
         if search is None or not search.attempts:
-            short = f"{options.minutes:g} minutes were not enough for one bundle."
+            short = f"{options.minutes:g} minutes were not enough to produce a bundle."
             raise ConfigError(short, "Give more --minutes, or fewer images.")
         _write_answer(subject, search, folder, options)
         result = _result(subject, search, dense, options)
@@ -131,7 +148,7 @@ def optimize(
 
 
 def _write_answer(subject: _Subject, search: Search, folder: Path, options: OptimizeOptions) -> None:
-    """The best as `bundle/`, where another is there, and as `student/`; for a board, a remark where bodies run it."""
+    """Write the best plan as `bundle/` and `student/`; for a board, add a remark if function bodies run it."""
     best, board = search.ranked()[0], search.request.board
     if search.current is None or best[:2] != search.current[:2]:
         _keep(search.models, best, folder / BUNDLE)
@@ -139,30 +156,33 @@ def _write_answer(subject: _Subject, search: Search, folder: Path, options: Opti
         student = search.models.student_of(best.plan)
         save_student(dataclasses.replace(student, labels=(*options.labels,) or student.labels), folder / STUDENT)
     if board is not None:
-        method = estimate_bundle(folder / BUNDLE, board, precision=best.engine.stored).method
+        method = estimate_bundle(folder / BUNDLE, board, compute_precision=best.engine.precision).method
         if method.kernels == "portable":
             search.remarks.append(
-                f"Operators of ours are estimated as function bodies, which are slow: {method.because}."
+                f"The custom operators are estimated as ONNX function bodies, which are slow: {method.because}."
             )
 
 
 def _new(folder: Path) -> Path:
-    """The same, if nothing lies there.
+    """Return the folder if nothing is there.
 
     Raises:
-        ConfigError: something lies there.
+        ConfigError: Something is there.
     """
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file.", "Give a new folder.")
     empty = not folder.exists() or not any(folder.iterdir())
-    require(empty, f"{folder} is not empty.", "Give a new folder, or delete what an earlier search left there.")
+    require(empty, f"{folder} is not empty.", "Give a new folder, or delete the files of the earlier search.")
     return folder
 
 
 class _Subject(NamedTuple):
-    """What is searched: a student with predictors, which plans change, and its dense model.
+    """The model that is searched.
 
     Attributes:
-        path: as given; None: it was in memory. ready: whether its predictors have learnt.
+        student: Model with predictors, which plans change.
+        dense: Its dense model.
+        path: Path as given; None for a module in memory.
+        ready: True if its predictors are fitted.
     """
 
     student: Student
@@ -172,20 +192,20 @@ class _Subject(NamedTuple):
 
 
 def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str | None, kernels: bool) -> _Subject:
-    """See `optimize`; kernels: whether a new student is for those of GPUs.
+    """Load the subject (see `optimize`); `kernels`: a new model is for GPU kernels.
 
     Raises:
-        ConfigError: a size or a teacher that the source does not take; a student that plans cannot be made of.
+        ConfigError: A size or a teacher does not fit the source, or plans cannot be made from the model.
     """
     if not isinstance(source, nn.Module) and Path(source).is_dir() and kind_of(Path(source)) == "student":
-        require(options.img_size is None, "A student has a size of its own.", "Leave --img-size out.")
+        require(options.img_size is None, "A sparse model has a fixed image size.", "Leave --img-size out.")
         refuse_normalisation(options.normalise)
         student = load_student(source, trust=options.trust)
         usable = not student.sparsity.is_dense and not student.sparsity.token_keep and student.sparsity.preset == "edge"
-        what = f"{source} is dense, prunes tokens, or is of another preset than edge."
-        require(usable, what, "Give the model itself, or a student made by `sparsify MODEL --keep 0.25`.")
+        what = f"{source} is dense, prunes tokens, or uses another preset than edge."
+        require(usable, what, "Give the dense model, or a sparse model made by `sparsify MODEL --keep 0.25`.")
         return _Subject(student, teacher_of(student, teacher, options.file), str(source), ready=True)
-    require(teacher is None, "--teacher is for a student.", "Leave it out: a model is its own teacher.")
+    require(teacher is None, "--teacher requires a sparse model.", "Leave it out: a dense model is its own teacher.")
     if isinstance(source, nn.Module):
         pixels = normalisation_of(source, f"This {type(source).__name__}", options.normalisation)
         names = check_names(getattr(source, "output_names", None))
@@ -200,10 +220,13 @@ def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str
     return _Subject(student, dense, None if isinstance(source, nn.Module) else str(source), ready=False)
 
 
-def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[SearchRequest, Trial, int]:
-    """What judges plans, and how many images do; fewer where the dense model is slow beside the time."""
+def _open_trial(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[SearchRequest, Trial, int]:
+    """Return what evaluates plans, and the number of selection images.
+
+    There are fewer images if the dense model is slow for the time.
+    """
     student, teacher, paths = subject.student, subject.dense.model, [*request.images, *request.reserved]
-    for _ in range(2):  # The first time is of getting ready.
+    for _ in range(2):  # The first run is a warm-up.
         with clock.step("dense image", "the dense model on the images"):
             Trial(student, teacher, paths[:1], request.metric, fit=request.fit)
     most = max(LEAST_IMAGES, int(DENSE_SHARE * clock.seconds / clock.took("dense image")))
@@ -213,34 +236,34 @@ def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[Se
             images=evenly(request.images, most - reserved), reserved=evenly(request.reserved, reserved)
         )
         paths = [*request.images, *request.reserved]
-    judges = int(JUDGING_SHARE * clock.seconds / DENSE_IMAGES / clock.took("dense image"))
+    selection = int(EVALUATION_SHARE * clock.seconds / DENSE_IMAGES / clock.took("dense image"))
     trial = Trial(student, teacher, paths, request.metric, request.fit)
-    return request, trial, max(LEAST_JUDGES, min(len(request.images), judges))
+    return request, trial, max(MIN_SELECTION, min(len(request.images), selection))
 
 
 def _explore(search: Search, subject: _Subject, start: Path) -> None:
-    """With latencies of this machine, or of a board. start: where the student that plans are made of is kept."""
+    """Search with latencies of this machine or of a board; `start` keeps the model from which plans are made."""
     student, board, trial, tell = subject.student, search.request.board, search.trial, search.clock.tell
 
     def latency_of(engine: Deployment) -> PlanLatency:
         if board is not None:
-            return estimate_latency(student, board, engine.stored)
+            return estimate_latency(student, board, engine.precision)
         return measure_latency(student, engine, any(trial.selects), tell)
 
     explore(search, lambda: _learn(search, subject, start), latency_of, student.sparsity.tile)
 
 
 def _learn(search: Search, subject: _Subject, start: Path) -> None:
-    """Let predictors learn, and keep the student that all plans are made of; without, plans read all keys."""
+    """Fit the predictors and keep the model from which all plans are made; without predictors, plans read all keys."""
     clock, trial, student = search.clock, search.trial, subject.student
-    selects = trial.selects  # Later layers see so few tokens, merged, that plain attention is cheap.
+    selects = trial.selects  # Later layers see so few tokens after merging that dense attention is cheap.
     trial.selects = [selected and 2 * layer < len(selects) for layer, selected in enumerate(selects)]
     if not subject.ready and LEARNING_IMAGES * clock.took("dense image") > LEARNING_SHARE * clock.seconds:
         trial.selects = [False] * len(selects)
-        search.remarks.append("There was no time for predictors to learn: plans merge alone. Give more --minutes.")
+        search.remarks.append("There was no time to train predictors, so plans only merge tokens. Give more --minutes.")
     elif not subject.ready:
-        set_budget(student.model, student.sparsity, keep_predictors=True)  # A plan has changed it.
-        with scratch_folder() as scratch, clock.step("learning", "predictors learn"):
+        set_budget(student.model, student.sparsity, keep_predictors=True)  # A plan changed it.
+        with scratch_folder() as scratch, clock.step("learning", "training the predictors"):
             images = link_images(scratch / "images", evenly(search.request.images, PREDICTOR_IMAGES))
             student = calibrate_student(student, images, clock.tell)
     if subject.path is not None:
@@ -248,13 +271,15 @@ def _learn(search: Search, subject: _Subject, start: Path) -> None:
 
 
 DenseTimes: TypeAlias = tuple[Quantity, list[float]]
-"""Milliseconds of the dense model in what ran it, and what it loses there on each image kept back."""
+"""Milliseconds of the dense model in an engine, and its error there on each held-out image."""
 
 
 def _measure_last(search: Search, dense: dict[Deployment, DenseTimes]) -> None:
-    """Best bundles and the dense model, in turn: that takes the place of what was measured beside the reference.
+    """Measure the best bundles and the dense model in turn, which replaces measurements against the reference.
 
-    dense: is filled.
+    Args:
+        search: State of the search.
+        dense: Filled with the dense model's times.
     """
     nothing, models, clock = LayerPlan.dense(len(search.trial.selects)), search.models, search.clock
     best = sorted(search.attempts, key=search.order)[:FINALISTS]
@@ -263,12 +288,14 @@ def _measure_last(search: Search, dense: dict[Deployment, DenseTimes]) -> None:
     most = max(2, int(clock.remaining / max(1e-3, LAST_S * clock.took("timing"))))
     try:
         for host in hosts[: min(HOSTS, most - 1)]:
-            dense[host] = search.ms[nothing, host], models.distances(nothing, host, search.trial, search.count)
+            dense[host] = search.ms[nothing, host], models.errors(nothing, host, search.trial, search.count)
         best = best[: max(1, most - len(dense))]
         subjects = [*((one.plan, one.engine) for one in best), *((nothing, host) for host in dense)]
         times = models.times(subjects, LAST_SHARE * clock.seconds / len(subjects))
-    except BackendError as error:  # Of several at once one may be too many; what was measured before stands.
-        search.remarks.append(f"The last measurement failed: {error.what} Times are those taken on the way.")
+    except BackendError as error:  # Several processes at once may be too many; earlier measurements stand.
+        search.remarks.append(
+            f"The last measurement failed: {error.what} The times are those measured during the search."
+        )
         return
     for one, ms in zip(best, times, strict=False):
         search.attempts[search.attempts.index(one)] = one._replace(ms=ms, again=True)
@@ -277,12 +304,12 @@ def _measure_last(search: Search, dense: dict[Deployment, DenseTimes]) -> None:
 
 
 def _keep(whole: WholeModels, attempt: Attempt, target: Path) -> None:
-    """A bundle as the answer so far."""
-    ours = whole.bundle(attempt.plan, attempt.engine)
-    if attempt.engine.is_here:  # Before it is copied: what takes the place of `target` lacks nothing then.
-        remember_execution(ours, attempt.engine.backend, attempt.engine.computes)
+    """Keep a bundle as the answer so far."""
+    bundle = whole.bundle(attempt.plan, attempt.engine)
+    if attempt.engine.is_here:  # Before copying, so that `target` is complete when it appears.
+        remember_execution(bundle, attempt.engine.backend, attempt.engine.compute_precision)
     with replace_folder(target) as folder:
-        shutil.copytree(ours, folder, dirs_exist_ok=True)
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
 
 
 def _result(
@@ -301,7 +328,7 @@ def _result(
             merge=merge_text(attempt.plan.merge),
             keep=keep_text(attempt.plan.short_keep),
             **attempt.engine._asdict(),
-            fidelity=1 - fmean(attempt.distances),
+            fidelity=1 - fmean(attempt.errors),
             check_fidelity=1 - fmean(attempt.reserved),
             predicted_fidelity=1 - attempt.predicted[0],
             predicted_ms=attempt.predicted[1] * drift(attempt.engine),
@@ -328,10 +355,12 @@ def _result(
     dense_rows.sort(key=lambda one: one.ms.value)
     remarks = [*search.remarks, *remarks_on(search, best)]
     if dense_rows and dense_rows[0].ms.value <= best.ms.value:
-        much = f"{dense_rows[0].ms.value:.1f} ms in {dense_rows[0].engine}"
-        remarks.append(f"Dense is faster here: {much}. A sparse model of this size gains nothing on this machine.")
+        dense_text = f"{dense_rows[0].ms.value:.1f} ms in {dense_rows[0].engine}"
+        remarks.append(
+            f"Dense is faster here: {dense_text}. A sparse model of this size gains nothing on this machine."
+        )
     met = search.bounded(best) <= search.limit if bound.by_fidelity else best.ms.value <= bound.value
-    tried = [search.trial.paths[number] for number in search.trial.judges]
+    tried = [search.trial.paths[number] for number in search.trial.selection]
     images = {"searched": request.images, "tried": tried, "checked": request.reserved}
     method = SearchMethod(
         metric=request.metric,
@@ -342,7 +371,7 @@ def _result(
         minutes=options.minutes,
         seconds=round(search.clock.gone, 1),
     )
-    front = Front(
+    front = ParetoFront(
         points=_points(search, drift),
         finalists=finalists,
         answer=finalists[0] if met else Unavailable(why),
@@ -352,8 +381,8 @@ def _result(
         remarks=remarks,
     )
     samples = {
-        f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}": [1 - lost for lost in distances]
-        for plan, distances in search.distances.items()
+        f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}": [1 - lost for lost in errors]
+        for plan, errors in search.errors.items()
     }
     file = Subject(
         path=subject.path or Unavailable("it was in memory"),
@@ -364,16 +393,16 @@ def _result(
 
 
 def _check(search: Search, best: Attempt) -> Quantity:
-    """Fidelity of the answer on images kept back; those that it was judged by tell how images differ."""
+    """Return the fidelity of the answer on held-out images; the selection images tell how much images differ."""
     least = search.trial.least
-    shape = (max(fmean(best.distances), least) / max(stdev(best.distances), least)) ** 2  # Of a gamma distribution.
-    lost = skewed_mean(best.reserved, min(1.0, shape))
-    low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (lost.high, lost.low))
-    return quantity(1 - lost.value, low, high, f"1 - distance, {lost.interval}")
+    shape = (max(fmean(best.errors), least) / max(stdev(best.errors), least)) ** 2  # Shape of a gamma distribution.
+    mean_error = skewed_mean(best.reserved, min(1.0, shape))
+    low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (mean_error.high, mean_error.low))
+    return quantity(1 - mean_error.value, low, high, f"1 - error, {mean_error.interval}")
 
 
 def _points(search: Search, drift: Callable[[Deployment], float]) -> list[Point]:
-    plans, latencies = sorted(search.distances, key=search.mean), search.latencies
+    plans, latencies = sorted(search.errors, key=search.mean), search.latencies
     rows = [
         (search.mean(plan), *(latency.of(plan) * drift(engine) for engine, latency in latencies.items()))
         for plan in plans
@@ -384,21 +413,21 @@ def _points(search: Search, drift: Callable[[Deployment], float]) -> list[Point]
             keep=keep_text(plan.short_keep),
             fidelity=1 - row[0],
             predicted_ms=dict(zip(map(str, latencies), row[1:], strict=True)),
-            on_front=undominated,
+            pareto_optimal=undominated,
         )
         for plan, row, undominated in zip(plans, rows, _pareto_front(rows), strict=True)
     ]
 
 
 def _pareto_front(rows: Sequence[tuple[float, ...]]) -> list[bool]:
-    """Whether no other row is smaller or equal in everything and smaller in something."""
+    """Return for each row whether no other row is at most as large everywhere and smaller somewhere."""
     return [
         not any(all(a <= b for a, b in zip(other, row, strict=True)) and other != row for other in rows) for row in rows
     ]
 
 
 def _draw(result: SearchResult, folder: Path) -> None:
-    """The front as a picture, and the page; where what they need is not installed they are left out."""
+    """Draw the Pareto front and write the page, unless a package for them is missing."""
     with contextlib.suppress(MissingExtraError):
-        draw_front(result, folder / PICTURE)
+        draw_pareto_front(result, folder / PICTURE)
         write_report([folder / FRONT], folder / PAGE, pictures=[folder / PICTURE])

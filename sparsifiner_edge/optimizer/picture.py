@@ -1,18 +1,20 @@
-"""`front.png`: every plan that was judged, the dense model, and the answer."""
+"""`front.png`: every evaluated plan, the dense model, and the answer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from sparsifiner_edge.errors import MissingExtraError
-from sparsifiner_edge.front import Candidate, SearchResult
+from sparsifiner_edge.pareto import Candidate, SearchResult
 from sparsifiner_edge.text import printable
 
-PLANS, DENSE, ANSWER = "#8aa1b8", "#c0392b", "#1e8449"
+PLANS = "#8aa1b8"
+DENSE = "#c0392b"
+ANSWER = "#1e8449"
 
 
-def draw_front(result: SearchResult, path: Path) -> None:
-    """1 - fidelity over milliseconds in the answer's engine, as predicted for plans and measured for the rest.
+def draw_pareto_front(result: SearchResult, path: Path) -> None:
+    """Draw 1 - fidelity over milliseconds in the answer's engine: predicted for plans, measured for the rest.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -42,14 +44,17 @@ def draw_front(result: SearchResult, path: Path) -> None:
         place = one.ms.value, max(1 - one.fidelity, floor)
         axes.scatter(*place, s=70 if label else 28, color=colour, marker="D" if colour == DENSE else "*", zorder=3)
         if label:
-            axes.annotate(f"{label}: {_said(one)}", place, textcoords="offset points", xytext=(7, 7), color=colour)
+            axes.annotate(f"{label}: {_caption(one)}", place, textcoords="offset points", xytext=(7, 7), color=colour)
     for bound, line in ((method.at_least, axes.axhline), (method.at_most_ms, axes.axvline)):
         if bound is not None:
             line(1 - bound if line == axes.axhline else bound, color="black", linewidth=0.8, linestyle=":")
     times = "" if fastest is None else f": {fastest / answer.ms.value:.2f} times as fast as the dense model"
     axes.set_title(f"{printable(str(result.subjects[0].name), 60)}{times}", fontsize=10)
     axes.set(
-        yscale="log", xlabel="milliseconds", ylabel=f"1 - fidelity ({printable(method.metric, 40)})", xlim=(0, None)
+        yscale="log",
+        xlabel="milliseconds",
+        ylabel=f"error: 1 - fidelity ({printable(method.metric, 40)})",
+        xlim=(0, None),
     )
     axes.margins(x=0.18)
     if points:
@@ -57,5 +62,5 @@ def draw_front(result: SearchResult, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _said(one: Candidate) -> str:
+def _caption(one: Candidate) -> str:
     return f"{one.ms.value:.1f} ms, {one.engine}"

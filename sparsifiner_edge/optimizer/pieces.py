@@ -1,8 +1,7 @@
-"""Parts of a layer as files of their own, for any number of tokens, and their milliseconds on this machine: what the
-latency of a plan is summed from.
+"""Parts of a layer as separate files, and their milliseconds on this machine, from which a plan's latency is summed.
 
-Linear layers come from the student's own first layer as it is exported, with a free number of tokens that is then
-fixed; attention is put together from the operators, since nothing else of it depends on the model.
+Linear layers come from the exported first layer of the model, with a free number of tokens that is then fixed.
+Attention is built from the operators, since nothing else of it depends on the model.
 """
 
 from __future__ import annotations
@@ -37,15 +36,26 @@ from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
 from sparsifiner_edge.sparse.merge import Merging
 
 LINEAR = ("projections", "mlp")
-INPUT, TOKENS = "image", "tokens"
-"""Of the linear parts: their input bears the name that the quantiser feeds."""
-LEAST_RUNS, LEAST_S = 7, 0.05
-"""Of each graph. One session is open at a time beside the reference's, whose threads have come to rest by then."""
+"""Names of the linear parts."""
+INPUT = "image"
+"""Input name of the linear parts, which the quantiser feeds."""
+TOKENS = "tokens"
+"""Name of the token axis of the linear parts."""
+LEAST_RUNS = 7
+"""Minimum number of runs per graph."""
+LEAST_S = 0.05
+"""Minimum seconds per graph. Besides the reference, whose threads rest by then, only one session is open at a time."""
 Key = TypeVar("Key")
 
 
 class Piece(NamedTuple):
-    """A graph and what it is run on; stored: precision of its linear layers, where it is not the backend's own."""
+    """A graph and its inputs.
+
+    Attributes:
+        model: The graph.
+        feed: Its inputs.
+        stored: Weight precision of its linear layers, if it is not the backend's own.
+    """
 
     model: onnx.ModelProto
     feed: dict[str, Array]
@@ -53,7 +63,7 @@ class Piece(NamedTuple):
 
 
 class _Linear(nn.Module):
-    """A layer's linear part: the MLP, or what is before it with attention left out: norm, qkv, output projection."""
+    """Linear part of a layer: the MLP, or norm, QKV and output projection without attention."""
 
     def __init__(self, layer: SparseLayer, mlp: bool) -> None:
         super().__init__()
@@ -68,7 +78,7 @@ class _Linear(nn.Module):
 
 
 class _Merge(nn.Module):
-    """What merging adds to a layer."""
+    """Merging, as a layer adds it."""
 
     def __init__(self, merging: Merging, heads: int) -> None:
         super().__init__()
@@ -83,12 +93,12 @@ class _Merge(nn.Module):
 def linear_pieces(
     layer: SparseLayer, width: int, int8: bool, prefix: int, counts: Sequence[int]
 ) -> dict[tuple[str, int], Piece]:
-    """The two linear parts of a layer in float32 or int8, by name and each of these numbers of patches."""
+    """Return the two linear parts of a layer in float32 or int8, by name and number of patches."""
     example, free = torch.randn(1, 64, width, generator=torch.Generator().manual_seed(0)), torch.export.Dim(TOKENS)
     pieces = {}
     for name in LINEAR:
         model = to_onnx(_Linear(layer, name == "mlp").eval(), {INPUT: example}, ["output"], {"x": {1: free}})
-        del model.graph.value_info[:]  # of another number of tokens, and of biases that the quantiser reshapes
+        del model.graph.value_info[:]  # stale: another number of tokens, and biases that the quantiser reshapes
         model = quantise_fully(model, [example.numpy()]) if int8 else model
         for patches in counts:
             (fixed := onnx.ModelProto()).CopyFrom(model)
@@ -101,7 +111,7 @@ def linear_pieces(
 
 @functools.lru_cache(maxsize=32)
 def merging_piece(geometry: HeadGeometry, prefix: int, window: int, patches: int, width: int, whole: int) -> Piece:
-    """What merging an eighth of the patches costs; whole: patches of the image. The same for all engines."""
+    """Return a graph that merges an eighth of the patches, the same for all engines; `whole` is the image's number."""
     tokens, channels = prefix + patches, 3 * geometry.heads * geometry.dim
     feed: dict[str, Array] = {
         "values": _random(1, tokens, width),
@@ -115,8 +125,14 @@ def merging_piece(geometry: HeadGeometry, prefix: int, window: int, patches: int
 
 
 def attention_piece(geometry: HeadGeometry, prefix: int, patches: int, config: SparsityConfig, merged: bool) -> Piece:
-    """Selection and attention of a layer alone; config: with one share of keys for all layers; 1 is dense. merged:
-    whether sizes are given; else all are 1.
+    """Return selection and attention of a layer.
+
+    Args:
+        geometry: Sizes of the heads.
+        prefix: Number of tokens that are not patches.
+        patches: Number of patches.
+        config: Settings with one share of keys; 1 is dense.
+        merged: Sizes of the tokens are inputs; otherwise all are 1.
     """
     tokens, channels = prefix + patches, geometry.heads * geometry.dim
     feed: dict[str, Array] = {"qkv": _random(1, tokens, 3 * channels), "sizes": np.ones((1, tokens), np.float32)}
@@ -126,8 +142,8 @@ def attention_piece(geometry: HeadGeometry, prefix: int, patches: int, config: S
         nodes = [_node("DenseAttention", ["qkv", "sizes"], "output", heads)]
     else:
         layout = config.layout(patches, prefix)
-        lists = {**heads, "num_prefix": prefix, "tile": config.tile, "cell": layout.cell}
-        choice = {"probe": config.probe, "keys": layout.keys, "value_power": config.value_power}
+        lists = {**heads, "num_prefix": prefix, "tile": config.tile, "key_pool": layout.key_pool}
+        choice = {"query_pool": config.query_pool, "keys": layout.keys, "value_power": config.value_power}
         for name in ("proj_q", "proj_k"):
             projection = _random(geometry.heads, geometry.dim, config.channels)
             weights.append(numpy_helper.from_array(projection, name))
@@ -152,23 +168,23 @@ def _random(*shape: int) -> Array:
 
 
 _times: dict[tuple[Execution, str], float] = {}
-"""Of this process: engines that differ in their linear layers alone have attention in common."""
+"""Cache of this process: engines that differ only in their linear layers share attention."""
 _nominal: dict[Execution, float] = {}
-"""Milliseconds of the first reference in each: all times are as of then."""
+"""Milliseconds of the first reference in each execution; all times are relative to it."""
 GROUP = 6
-"""Graphs that are measured between two measurements of the reference."""
+"""Number of graphs between two measurements of the reference."""
 
 
 def piece_times(
     pieces: Mapping[Key, Piece], execution: Execution, progress: Progress | None = None
 ) -> dict[Key, float]:
-    """Milliseconds of each graph, alone, in a backend of the processor; equal graphs are measured once.
+    """Return the milliseconds of each graph alone in a CPU backend; equal graphs are measured once.
 
-    A reference, the first of them, is measured again every few graphs: what the machine's speed did meanwhile, since
-    other programs run too, is taken out.
+    A reference, the first graph, is measured again every few graphs, which cancels changes of the machine's speed.
 
     Raises:
-        MissingExtraError, BackendError: it cannot run here.
+        MissingExtraError: The backend is not installed.
+        BackendError: The backend cannot run here.
     """
     named = {key: (execution, _hash(piece)) for key, piece in pieces.items()}
     lacking = [(name, pieces[key]) for key, name in named.items() if name not in _times]
@@ -192,11 +208,11 @@ def piece_times(
 
 
 def _hash(piece: Piece) -> str:
-    """Of all that its time depends on: the graph without the values of its weights, and the shapes it is run on."""
+    """Return a hash of everything that the time depends on: the graph without weight values, and the input shapes."""
     bare = onnx.ModelProto()
     bare.CopyFrom(piece.model)
     for tensor in bare.graph.initializer:
-        if len(tensor.dims) > 1:  # A shape, an axis or a scale is what the graph does.
+        if len(tensor.dims) > 1:  # Shapes, axes and scales belong to the computation.
             tensor.ClearField("raw_data")
             tensor.ClearField("float_data")
     shapes = sorted((name, str(value.dtype), value.shape) for name, value in piece.feed.items())
@@ -205,10 +221,11 @@ def _hash(piece: Piece) -> str:
 
 
 def _opened(piece: Piece, execution: Execution, stack: contextlib.ExitStack) -> Callable[[], float]:
-    """What measures a graph's milliseconds, as the faster quarter of runs has them: what else a machine does makes some
-    slower.
+    """Return a function that measures a graph's milliseconds as the faster quartile of its runs.
+
+    Other work on the machine only makes runs slower.
     """
-    backend = cast(ProcessorBackend, find_backend(execution))  # A request names no others.
+    backend = cast(ProcessorBackend, find_backend(execution))  # A request names only these.
     session = backend.session(Path("layer"), piece.model.SerializeToString(), piece.stored)
     opened = stack.enter_context(session)
 

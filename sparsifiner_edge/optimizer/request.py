@@ -1,4 +1,4 @@
-"""What a search is to find: the bound, the engines that may meet it, and which of the user's images are for what."""
+"""Request of a search: the bound, the engines, and the use of the images."""
 
 from __future__ import annotations
 
@@ -12,47 +12,57 @@ from sparsifiner_edge.config import require, require_lists
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution
 from sparsifiner_edge.fitting import Fit, require_fit
-from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.optimizer.trial import FIDELITIES
+from sparsifiner_edge.pareto import Deployment
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.runtime.backend import ProcessorBackend
 from sparsifiner_edge.runtime.open import find_backend
 
 MOST_MS = 1e6
-"""The greatest bound."""
-PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
-"""That are searched: here and for a CPU, and for a board's GPU."""
-LEAST_IMAGES, CHECKED = 5, 5
-"""Fewest images for a search; one in this many is kept back for the check."""
-MOST_SEARCHED, MOST_RESERVED = 24, 12
-"""Of a large folder, evenly taken."""
+"""Maximum latency bound in milliseconds."""
+PRECISIONS = ("fp32", "int8")
+"""Weight precisions that are searched on a CPU."""
+BOARD_PRECISIONS = ("fp16", "int8")
+"""Weight precisions that are searched for a board's GPU."""
+LEAST_IMAGES = 5
+"""Minimum number of images for a search."""
+CHECKED = 5
+"""One image in this many is held out for the check."""
+MOST_SEARCHED = 24
+"""Maximum number of images for the search, evenly taken from a large folder."""
+MOST_RESERVED = 12
+"""Maximum number of held-out images."""
 AT_LEAST = 0.98
-"""Fidelity, where nothing else is asked for."""
+"""Default fidelity."""
 PROMISING = ("bf16", "auto", "fp16")
-"""Of what is computed in, what is tried first."""
+"""Compute precisions in the order in which they are tried."""
 
 
 class Bound(NamedTuple):
-    """The least fidelity, or the most milliseconds."""
+    """The minimum fidelity, or the maximum milliseconds."""
 
     value: float
     by_fidelity: bool = True
 
     @property
     def text(self) -> str:
-        """For people."""
+        """Text of the bound."""
         return f"fidelity {self.value}" if self.by_fidelity else f"{self.value:.4g} ms"
 
 
 class SearchRequest(NamedTuple):
-    """What is searched for, in which engines, with which images.
+    """Request of a search: bound, engines and images.
 
     Attributes:
-        metric: one of `trial.FIDELITIES`, or a user's own. board: None: this machine.
-        unavailable: backends that do not run here, and why.
-        images: that predictors and int8 are calibrated with, and that judge. reserved: that bundles are checked with.
-        engines: the most promising first.
+        bound: The bound.
+        metric: One of `trial.FIDELITIES`, or a user's own.
+        board: Board; None for this machine.
+        engines: Engines, the most promising first.
+        unavailable: Backends that do not run here, with the reason.
+        images: Images for calibration and selection.
+        reserved: Held-out images for the check of bundles.
+        fit: How images are brought to the size.
     """
 
     bound: Bound
@@ -67,20 +77,22 @@ class SearchRequest(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizeOptions:
-    """What is searched for, and for how long.
+    """Options of a search.
 
     Attributes:
-        at_least: fidelity in (0, 1). at_most_ms: latency. One of them; none: a fidelity of .98.
-        metric: "patches" or "class": cosine of these tokens; "maps": IoU of a decoder's map; or a `judge.TaskMetric` of
-            yours with scores from 0 to 1, as package.module:class.
-        backends: of the processor; computes: what of a file that is not int8 they compute in, of "auto" (as stored),
-            "bf16" and "fp16"; none: all that run here.
-        precisions: that files store; none: fp32 and int8, or for a board's GPU fp16 and int8.
-        board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
-            fidelity.
-        labels: of the classes of the output "logits", in their order; none takes those that the model has.
-        fit: how images are brought to the size; the bundle remembers it.
-        minutes: that all may take, a hard cap; the best that was found by then is there. Ctrl-C is the cap too.
+        at_least: Fidelity to keep, in (0, 1); without a bound .98.
+        at_most_ms: Latency to keep, in milliseconds; give at most one of the two bounds.
+        metric: "patches" or "class": cosine of these tokens; "maps": IoU of a dense map; or your own
+            `scoring.TaskMetric` with scores from 0 to 1, as package.module:class.
+        backends: CPU backends to consider; empty for all that run here.
+        compute_precisions: Arithmetic of everything that is not int8: "auto" (the weight precision), "bf16", "fp16";
+            empty for all that run here.
+        precisions: Weight precisions; empty for fp32 and int8, or fp16 and int8 on a board's GPU.
+        board: A board that is not here: its latency is estimated (see `estimate_bundle`), and only fidelity is
+            measured.
+        minutes: Hard limit for everything, with the best result so far; Ctrl-C ends the search earlier.
+        labels: Class names of the output "logits", in order; empty takes the model's own.
+        fit: How images are brought to the size; the bundle stores it.
 
     Example:
         >>> OptimizeOptions(at_least=0.98, backends=["openvino"], minutes=5).metric
@@ -91,7 +103,7 @@ class OptimizeOptions:
     at_most_ms: float | None = None
     metric: str = FIDELITIES[0]
     backends: Sequence[str] = ()
-    computes: Sequence[str] = ()
+    compute_precisions: Sequence[str] = ()
     precisions: Sequence[str] = ()
     board: str | Path | None = None
     minutes: float = 8.0
@@ -100,18 +112,25 @@ class OptimizeOptions:
 
     def __post_init__(self) -> None:
         require_fit(self.fit)
-        require_lists(backends=self.backends, computes=self.computes, precisions=self.precisions, labels=self.labels)
+        require_lists(
+            backends=self.backends,
+            compute_precisions=self.compute_precisions,
+            precisions=self.precisions,
+            labels=self.labels,
+        )
 
 
 def read_request(options: OptimizeOptions, data: str | Path | Sequence[str | Path]) -> SearchRequest:
-    """See `optimize`.
+    """Read and check the request; see `optimize`.
 
     Raises:
-        ConfigError: two bounds, or a value is out of range; too few images.
-        SparsifinerError: a backend that was named does not run here; no such board.
+        ConfigError: There are two bounds, a value is out of range, or there are too few images.
+        SparsifinerError: A named backend does not run here, or there is no such board.
     """
     least, most_ms, metric, precisions = options.at_least, options.at_most_ms, options.metric, options.precisions
-    require(least is None or most_ms is None, "There are two bounds.", "Give --at-least FIDELITY or --at-most-ms MS.")
+    require(
+        least is None or most_ms is None, "Two bounds are given.", "Give either --at-least FIDELITY or --at-most-ms MS."
+    )
     require(options.minutes > 0, f"minutes is {options.minutes}.", "Give more than 0.")
     bound = Bound(AT_LEAST if least is None else least) if most_ms is None else Bound(most_ms, by_fidelity=False)
     if not 0 < bound.value < (1 if bound.by_fidelity else MOST_MS):
@@ -124,12 +143,12 @@ def read_request(options: OptimizeOptions, data: str | Path | Sequence[str | Pat
     for precision in precisions:
         require(precision in choices, f"precision is {precision!r}.", f"Choose one of: {', '.join(choices)}.")
     if device is None:
-        usable = _engines_here(options.backends, options.computes, precisions or known)
+        usable = _engines_here(options.backends, options.compute_precisions, precisions or known)
         return SearchRequest(bound, metric, None, *usable, *_split(data), options.fit)
-    plain = not options.backends and not options.computes
-    require(plain, "A board's latency is estimated for no backend.", "Leave one of the two out.")
+    plain = not options.backends and not options.compute_precisions
+    require(plain, "A board cannot be combined with a backend or a compute precision.", "Leave one of the two out.")
     stored = precisions or [precision for precision in known if precision in device.peaks]
-    require(bool(stored), f"{device.name} has no arithmetic for {' or '.join(known)}.", "Give --precision fp32.")
+    require(bool(stored), f"{device.name} does not support {' or '.join(known)}.", "Give --precision fp32.")
     engines = [Deployment(device.name, precision) for precision in stored]
     return SearchRequest(bound, metric, device, engines, {}, *_split(data), options.fit)
 
@@ -137,36 +156,42 @@ def read_request(options: OptimizeOptions, data: str | Path | Sequence[str | Pat
 def _engines_here(
     backends: Sequence[str], computes: Sequence[str], precisions: Sequence[str]
 ) -> tuple[list[Deployment], dict[str, str]]:
-    """Those that are named, or all that run here; and what does not run here, and why."""
+    """Return the named engines, or all that run here; and what does not run here, with the reason."""
     usable, unavailable = list[tuple[str, str]](), dict[str, str]()
     for name in backends or ON_PROCESSOR:
         backend = find_backend(Execution(backend=name))
         if name not in ON_PROCESSOR or not isinstance(backend, ProcessorBackend):
             raise ConfigError(f"{name} does not run on the processor.", f"Choose one of: {', '.join(ON_PROCESSOR)}.")
-        for computed in computes or backend.computes:
+        for computed in computes or backend.compute_precisions:
             try:
-                fix = f"Choose one of: {', '.join(backend.computes)}."
-                require(computed in backend.computes, f"{name} computes in no {computed} but what is stored.", fix)
-                find_backend(Execution(backend=name, precision=computed)).load()
+                fix = f"Choose one of: {', '.join(backend.compute_precisions)}."
+                require(
+                    computed in backend.compute_precisions,
+                    f"{name} does not support the compute precision {computed}.",
+                    fix,
+                )
+                find_backend(Execution(backend=name, compute_precision=computed)).load()
                 usable.append((name, computed))
             except SparsifinerError as error:
                 if backends and (computes or computed == "auto"):
                     raise
                 unavailable[name if computed == "auto" else f"{name} in {computed}"] = error.what
-                if computed == "auto":  # It does not run here at all.
+                if computed == "auto":  # The backend does not run here at all.
                     break
-    require(bool(usable), f"Nothing runs here: {' '.join(unavailable.values())}", "Leave --computes out.")
+    require(bool(usable), f"No backend runs here: {' '.join(unavailable.values())}", "Leave --compute-precision out.")
     engines = [Deployment(name, stored, computed) for name, computed in usable for stored in precisions]
-    order = sorted(engines, key=lambda x: (PROMISING.index(x.computes), x.stored != "int8", x.backend != "openvino"))
+    order = sorted(
+        engines, key=lambda x: (PROMISING.index(x.compute_precision), x.precision != "int8", x.backend != "openvino")
+    )
     return order, unavailable
 
 
 def _split(data: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """Images to search with, and those that are kept back for the check: of a folder always the same."""
+    """Split the images into those for the search and those held out for the check, always the same for a folder."""
     sources = [data] if isinstance(data, str | Path) else data
     paths = [path for each in sources for path in list_images(Path(each))]
-    many = f"{', '.join(map(str, sources))[:200]} has {len(paths)} images."
-    require(len(paths) >= LEAST_IMAGES, many, f"Give {LEAST_IMAGES} or more: one is kept back for the last check.")
+    count_text = f"{', '.join(map(str, sources))[:200]} has {len(paths)} images."
+    require(len(paths) >= LEAST_IMAGES, count_text, f"Give {LEAST_IMAGES} or more: one is held out for the last check.")
     shuffled = random.Random(0).sample(paths, len(paths))  # noqa: S311
     reserved = max(1, len(paths) // CHECKED)
     return evenly(shuffled[reserved:], MOST_SEARCHED), evenly(shuffled[:reserved], MOST_RESERVED)

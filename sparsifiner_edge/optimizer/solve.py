@@ -1,8 +1,8 @@
 """The best plan for a price of fidelity: an exact dynamic program over layers.
 
-Both latency and loss are sums over layers of what depends on the tokens before and behind alone, so with a price that
-turns one into the other each layer's best choice follows from the next ones': no sampler is needed where 12 layers x 96
-numbers of tokens x 6 shares of keys can all be looked at. The price that just meets a bound is bisected.
+Latency and error are sums over layers of terms that depend only on the token counts before and after. With a price that
+converts one into the other, each layer's best choice follows from the later ones. 12 layers x 96 token counts x 6
+shares of keys can all be enumerated, so no sampler is needed. The price that just meets a bound is found by bisection.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from sparsifiner_edge.optimizer.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.plan import LEAST_PATCHES, PATCHES_PER_MERGE, LayerPlan
 
 TOKEN_STEPS = 96
-"""Numbers of tokens that a plan can have, spaced evenly up to those of the image."""
+"""Number of token counts that a plan may have, evenly spaced up to the image's."""
 BISECTIONS = 40
+"""Number of bisection steps."""
 PRICES = (1e-3, 1e9)
-"""Milliseconds that one of distance is worth: the least and the most."""
+"""Minimum and maximum of milliseconds per unit of error."""
 
 
 class Solver:
-    """Plans for one engine.
+    """Finds plans for one engine.
 
     Args:
-        latency, model: of its plans. selects: by layer whether it can read less than all keys. tile: the student's.
+        latency: Latency model.
+        model: Fidelity model.
+        selects: By layer, whether it can read less than all keys.
+        tile: Query tile of the model.
     """
 
     def __init__(self, latency: PlanLatency, model: FidelityModel, selects: Sequence[bool], tile: int) -> None:
@@ -47,7 +51,7 @@ class Solver:
         self._attention = np.stack([part(name_of(share), self.counts) for share in SHARES])
 
     def at_price(self, price: float) -> LayerPlan:
-        """The best plan where a distance of 1 is worth `price` milliseconds."""
+        """Return the best plan if an error of 1 is worth `price` milliseconds."""
         ahead = np.zeros(len(self.counts))
         choices: list[tuple[Array, Array]] = []
         for layer, selects in reversed(list(enumerate(self.selects))):
@@ -65,16 +69,16 @@ class Solver:
         return LayerPlan(tuple(merge), tuple(keep))
 
     def at_latency(self, ms: float) -> LayerPlan:
-        """The nearest to the dense model of those predicted to take `ms` at most; the fastest where none is."""
+        """Return the most faithful plan predicted to take at most `ms`; the fastest if there is none."""
         return self._bisect(self.at_price(PRICES[0]), lambda plan: self.latency.of(plan) <= ms, dearer=True)
 
-    def at_distance(self, distance: float) -> LayerPlan:
-        """The fastest of those predicted to lie within `distance`; the dense model where none is."""
+    def at_error(self, error: float) -> LayerPlan:
+        """Return the fastest plan predicted to stay within `error`; the dense plan if there is none."""
         dense = LayerPlan.dense(len(self.selects))
-        return self._bisect(dense, lambda plan: plan.is_dense or self.model.of(plan) <= distance, dearer=False)
+        return self._bisect(dense, lambda plan: plan.is_dense or self.model.of(plan) <= error, dearer=False)
 
     def _bisect(self, best: LayerPlan, fits: Callable[[LayerPlan], bool], dearer: bool) -> LayerPlan:
-        """The last plan that fits, on the way to the dearest price that gives one, or to the cheapest."""
+        """Return the last plan that fits on the way to the highest or lowest price that gives one."""
         low, high = (math.log(price) for price in PRICES)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
@@ -86,5 +90,5 @@ class Solver:
 
 
 def possible_counts(patches: int, tile: int) -> Array:
-    """Numbers of patch tokens that a plan may come by, most first: the image's, and down in equal steps."""
+    """Return the numbers of patch tokens that a plan may have, from the image's down in equal steps."""
     return np.arange(patches, max(LEAST_PATCHES, tile) - 1, -max(1, round(patches / TOKEN_STEPS)))

@@ -1,4 +1,4 @@
-"""Whole models as users get them: exported, timed side by side, and compared with the dense model."""
+"""Whole models as users get them: exported, timed in turn, and compared with the dense model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from msgspec.structs import replace
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import ExportOptions, FloatFile, export_student, float_file
-from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.latency import takes_kernels
 from sparsifiner_edge.optimizer.trial import Trial
+from sparsifiner_edge.pareto import Deployment
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
@@ -31,24 +31,30 @@ from sparsifiner_edge.runtime.open import checked_bundle, session_on
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 
-INT8_IMAGES, DENSE_INT8_IMAGES = 9, 4
-"""Images at most that int8 is calibrated with, and of the dense model, which is there to be compared with."""
+INT8_IMAGES = 9
+"""Maximum number of images for int8 calibration."""
+DENSE_INT8_IMAGES = 4
+"""Maximum number of images for int8 calibration of the dense model, which is only the baseline."""
 PlanInEngine: TypeAlias = tuple[LayerPlan, Deployment]
 QUICK = Rules(seconds=0.4, min_queries=8, blocks=8, max_seconds=8.0)
-"""Of a model beside the reference. Eight blocks either: their order is turned round."""
+"""Rules for a quick timing against the reference. The order alternates between the eight blocks."""
 WARM_UP_S = 0.8
-"""At most."""
+"""Maximum warm-up in seconds."""
 THOROUGH = Rules(seconds=2.0, min_queries=10, blocks=10, max_seconds=60.0)
-"""At the end; of ten blocks, the second least and second greatest bound a median at 95 %."""
+"""Rules for the last timing. With ten blocks, the second lowest and highest bound a median at 95 %."""
 
 
 class WholeModels:
-    """Bundles of a student by plan, each made when it is first asked for; the dense plan is the dense model.
+    """Bundles of a model by plan, each made when it is first needed; the dense plan is the dense model.
 
     Args:
-        folder: for them. student: whose plans they are, changed by others meanwhile. dense_model: what it is compared
-            with. images: to calibrate int8 with. board: that times are estimated for; None: they are measured, here.
-        clock: is told what goes on. options: of bundles, but for the precision.
+        folder: Folder for the bundles.
+        student: The model, which others change meanwhile.
+        dense_model: The dense model.
+        images: Images for int8 calibration.
+        board: Board whose times are estimated; None measures here.
+        clock: Time budget.
+        options: Export options except the precision.
     """
 
     def __init__(
@@ -70,7 +76,7 @@ class WholeModels:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> WholeModels:
-        """The processes that it opens end with it."""
+        """Enter the block; processes that it opens end with it."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,30 +91,30 @@ class WholeModels:
         return link_images(self._folder / "few", evenly(self.images, DENSE_INT8_IMAGES))
 
     def bundle(self, plan: LayerPlan, engine: Deployment) -> Path:
-        """A plan as an engine takes it.
+        """Return the bundle of a plan for an engine.
 
         Raises:
-            GateError: its precision loses too much.
+            GateError: Its precision adds too much error.
         """
-        stored, which = engine.stored, "the dense model in " * plan.is_dense
+        stored, dense_text = engine.precision, "the dense model in " * plan.is_dense
         if (plan, stored) not in self._bundles:
             if plan not in self._floats:
-                with self._clock.step("export", f"exporting {which or 'a plan in '}fp32"):
+                with self._clock.step("export", f"exporting {dense_text or 'a plan in '}fp32"):
                     student = self.student_of(plan)
                     self._floats[plan] = student, float_file(student, tokens=True)
             student, base = self._floats[plan]
-            shown = self._dense_calibration if plan.is_dense else self._calibration
-            calibrate = shown if stored == "int8" else None
+            images = self._dense_calibration if plan.is_dense else self._calibration
+            calibrate = images if stored == "int8" else None
             options = dataclasses.replace(self._options, precision=stored, calibrate=calibrate)
             if self._board is not None and self._board.kind == "gpu":
                 target = "tensorrt" if stored == "int8" else "cpu"
                 boards = (self._board,) * (not plan.is_dense and takes_kernels(self._board, stored))
                 options = dataclasses.replace(options, int8_target=target, boards=boards)
             folder = self._folder / f"bundle-{len(self._bundles)}"
-            with self._clock.step(f"export {stored}", f"exporting {which or 'a plan in '}{stored}"):
+            with self._clock.step(f"export {stored}", f"exporting {dense_text or 'a plan in '}{stored}"):
                 try:
                     self._bundles[plan, stored] = export_student(student, folder, options, base, self._clock.tell)
-                except ConfigError:  # Nothing of it can be compiled: bodies run it.
+                except ConfigError:  # Nothing can be compiled: function bodies run it.
                     if not options.boards:
                         raise
                     options = dataclasses.replace(options, boards=())
@@ -116,7 +122,7 @@ class WholeModels:
         return self._bundles[plan, stored]
 
     def student_of(self, plan: LayerPlan) -> Student:
-        """The student that merges and reads by a plan; the dense model's own for the dense plan."""
+        """Return the model with a plan; for the dense plan the dense model."""
         if plan.is_dense:
             return self._dense
         sparsity = plan.config(self._student.sparsity)
@@ -125,33 +131,37 @@ class WholeModels:
         return student
 
     def file_bytes(self, plan: LayerPlan, engine: Deployment) -> int:
-        """Of the file that an engine reads."""
+        """Return the size of the file that an engine reads."""
         return (self.bundle(plan, engine) / MODEL_FILE).stat().st_size
 
-    def distances(self, plan: LayerPlan, engine: Deployment, trial: Trial, start: int = 0) -> list[float]:
-        """Of a plan's bundle in an engine, from the dense model in float32, image by image from place `start` on.
+    def errors(self, plan: LayerPlan, engine: Deployment, trial: Trial, start: int = 0) -> list[float]:
+        """Return the errors of a plan's bundle in an engine, image by image from place `start` on.
 
         Raises:
-            GateError, BackendError: see `bundle`; the engine does not take it.
+            GateError: See `bundle`.
+            BackendError: The engine does not take the bundle.
         """
         bundle = checked_bundle(self.bundle(plan, engine))
         with (
-            self._clock.step("judging", f"judging a plan in {engine}"),
+            self._clock.step("evaluating", f"evaluating a plan in {engine}"),
             session_on(bundle, engine.execution) as session,
         ):
-            return trial.distances_of(session.infer, start)
+            return trial.errors_of(session.infer, start)
 
     def ms(self, plan: LayerPlan, engine: Deployment) -> Quantity:
-        """Milliseconds, measured in turn with the reference, which is the first that was asked for: as of when that was
-        first timed, whatever the machine's speed became. Or an estimate with its bounds.
+        """Return milliseconds, measured in turn with the reference, or an estimate with its bounds.
+
+        The reference is the first model that was timed. Times are relative to its first timing, whatever the machine's
+        speed became.
 
         Raises:
-            GateError, BackendError: see `distances`; or a process died or hung.
+            GateError: See `errors`.
+            BackendError: See `errors`; or a process died or hung.
         """
         bundle = self.bundle(plan, engine)
         if self._board is not None:
-            return _estimate(bundle, self._board, engine.stored)
-        with self._clock.step("timing", f"timing a whole model in {engine}"), contextlib.ExitStack() as stack:
+            return _estimate(bundle, self._board, engine.precision)
+        with self._clock.step("timing", f"timing a full model in {engine}"), contextlib.ExitStack() as stack:
             if self._reference is None:
                 reference = self._open.enter_context(_side("reference", bundle, engine, self._clock))
                 self._reference = reference, _quick_ms([reference], self._clock)[0]
@@ -159,58 +169,62 @@ class WholeModels:
             else:
                 reference, nominal = self._reference
                 side = stack.enter_context(_side("subject", bundle, engine, self._clock))
-                beside, alone = _quick_ms([reference, side], self._clock)
-                ms = alone * nominal / beside
-            none = Unavailable("it was measured beside the reference, quickly")
-            return Quantity(ms, none, none, CONFIDENCE, "median of rounds, beside a reference")
+                reference_ms, side_ms = _quick_ms([reference, side], self._clock)
+                ms = side_ms * nominal / reference_ms
+            none = Unavailable("it was only measured briefly, in turn with a reference")
+            return Quantity(ms, none, none, CONFIDENCE, "median of rounds, in turn with a reference")
 
     def times(self, subjects: Sequence[PlanInEngine], most_s: float = THOROUGH.max_seconds) -> list[Quantity]:
-        """Median milliseconds, measured in turn, each in a process of its own, in `most_s` about each; or an estimate
-        with its bounds.
+        """Return median milliseconds, measured in turn, each in its own process, or estimates with their bounds.
+
+        Args:
+            subjects: Plans and engines.
+            most_s: Approximate maximum of seconds for each.
 
         Raises:
-            GateError, BackendError: see `ms`.
+            GateError: See `ms`.
+            BackendError: See `ms`.
         """
         bundles = [(self.bundle(plan, engine), engine) for plan, engine in subjects]
         if self._board is not None:
-            return [_estimate(bundle, self._board, engine.stored) for bundle, engine in bundles]
+            return [_estimate(bundle, self._board, engine.precision) for bundle, engine in bundles]
         return whole_ms(bundles, self._clock, most_s)
 
 
 def whole_ms(
     bundles: Sequence[tuple[Path, Deployment]], clock: Clock, most_s: float = THOROUGH.max_seconds
 ) -> list[Quantity]:
-    """Median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
+    """Return median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(_side(str(n), *bundle, clock)) for n, bundle in enumerate(bundles)]
         most_s = max(1.0, min(most_s, clock.remaining / len(sides)))
-        measure_blocks(sides, replace(THOROUGH, max_seconds=most_s), clock.tell, "measuring whole models")
+        measure_blocks(sides, replace(THOROUGH, max_seconds=most_s), clock.tell, "measuring full models")
         return medians_in_turn([side.blocks for side in sides])
 
 
 def _quick_ms(sides: Sequence[MeasuredSide], clock: Clock) -> list[float]:
-    """Median milliseconds in turn; what slows all of a round is taken out."""
+    """Return median milliseconds in turn; whatever slows a whole round cancels."""
     for side in sides:
         side.blocks, side.seconds, side.queries, side.wall_s = [], 0.0, 0, 0.0
-    measure_blocks(list(sides), QUICK, clock.tell, "timing whole models")
+    measure_blocks(list(sides), QUICK, clock.tell, "timing full models")
     return [ms.value for ms in medians_in_turn([side.blocks for side in sides])]
 
 
 @contextlib.contextmanager
 def _side(role: str, bundle: Path, engine: Deployment, clock: Clock) -> Iterator[MeasuredSide]:
-    """Loaded and warm."""
+    """Open a bundle in its own process, loaded and warmed up."""
     with open_side(role, bundle, engine.execution, clock.tell) as side:
         warm_up(side, clock.tell, WARM_UP_S)
         yield side
 
 
 def _estimate(bundle: Path, board: Board, precision: str) -> Quantity:
-    ms = estimate_bundle(bundle, board, precision=precision).statistics.latency_ms
+    ms = estimate_bundle(bundle, board, compute_precision=precision).statistics.latency_ms
     return Quantity(ms.value, ms.low, ms.high, ms.confidence, f"estimated, not measured: {ms.interval}")
 
 
 def link_images(folder: Path, images: Sequence[Path]) -> Path:
-    """A folder of links to images, whose names say their order."""
+    """Make a folder of links to images, in order."""
     folder.mkdir()
     for number, path in enumerate(images):
         (folder / f"{number:05}{path.suffix.lower()}").symlink_to(path.resolve())
@@ -218,18 +232,20 @@ def link_images(folder: Path, images: Sequence[Path]) -> Path:
 
 
 class Attempt(NamedTuple):
-    """A plan that became a bundle, as an engine runs it.
+    """A plan that became a bundle in an engine.
 
     Attributes:
-        ms: as of the reference, or of the last measurement, in turn with the dense model, if it was measured again.
-        distances: of the images searched with, those that judge every plan first. reserved: of those kept back.
-        predicted: distance and milliseconds, before it was measured; of a first plan its own.
+        ms: Milliseconds relative to the reference, or of the last measurement in turn with the dense model.
+        errors: Errors of the selection images, then of the other images for the search.
+        reserved: Errors of the held-out images.
+        predicted: Error and milliseconds predicted before it was measured; for a first plan its own.
+        again: True if it was measured again at the end.
     """
 
     plan: LayerPlan
     engine: Deployment
     ms: Quantity
-    distances: list[float]
+    errors: list[float]
     reserved: list[float]
     predicted: tuple[float, float]
     again: bool = False

@@ -1,11 +1,11 @@
-"""`package_bundle`: a bundle in the form that another system's pipeline takes: DeepStream, Triton server, GStreamer.
+"""`package_bundle`: a bundle in the form that DeepStream, Triton Inference Server or GStreamer takes.
 
-    deepstream: model.onnx with float planes in, labels.txt, config_infer.txt for Gst-nvinfer; a probe of its outputs
-    triton:     models/NAME/config.pbtxt, labels.txt, 1/model.onnx, libsparsifiner_ops.so where it is built
-    gstreamer:  bundle/ as it was, signature included, plugins/python/sparsifiner.py, model.onnx.modelinfo
+    deepstream: model.onnx with float planes as input, labels.txt, config_infer.txt for Gst-nvinfer, probes of its
+    outputs triton:     models/NAME/config.pbtxt, labels.txt, 1/model.onnx, libsparsifiner_ops.so if it is built
+    gstreamer:  unchanged bundle/ with its signature, plugins/python/sparsifiner.py, model.onnx.modelinfo
 
-Each with a README.md of the commands. Texts are those of `export/` at the root, with their fields filled in. Paths in
-them are relative to the files themselves, so a folder can go anywhere; Triton's must be mounted at /models.
+Each folder has a README.md with the commands to run. The texts are templates from `export/`. All paths in them are
+relative to the folder, so that it can be moved; Triton's must be mounted at /models.
 """
 
 from __future__ import annotations
@@ -33,30 +33,39 @@ from sparsifiner_edge.package import deepstream
 from sparsifiner_edge.text import file_name
 
 BATCH = 8
-"""Greatest batch that Triton makes, of a bundle of dynamic batch."""
+"""Largest batch that Triton forms for a bundle with a dynamic batch size."""
 _NAME = re.compile(r"[A-Za-z0-9_./:-]+")
-"""A tensor's name: it goes into lists with semicolons and into lines of configurations."""
+"""Names of tensors that are safe in semicolon-separated lists and in lines of configuration files."""
 _TYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
+"""Triton's name of each type."""
 
 
 class Package(Struct, frozen=True):
-    """What was written: paths in the folder `output`."""
+    """A written package.
+
+    Attributes:
+        output: Folder that was written.
+        files: Paths of its files, relative to the folder.
+    """
 
     output: str
     files: list[str]
 
 
 def package_bundle(bundle: str | Path, target: str, output: str | Path) -> Package:
-    """Write a folder that another system's pipeline takes as it is, with the commands in its README.
+    """Write a folder that another system's pipeline runs unchanged. Its README.md lists the commands.
 
     Args:
-        bundle: a folder made by `sparsifiner-edge export`.
+        bundle: Folder made by `sparsifiner-edge export`.
         target: "deepstream", "triton" or "gstreamer".
-        output: folder to write, which must not exist or be empty.
+        output: Folder to write; must not exist or be empty.
+
+    Returns:
+        The folder and its files.
 
     Raises:
-        ConfigError: no such target, or the bundle does not fit it.
-        SparsifinerError: unusable input; nothing is written.
+        ConfigError: The target is unknown, or the bundle does not fit it.
+        SparsifinerError: The bundle or the output is unusable. Nothing is written.
 
     Example:
         >>> "README.md" in package_bundle("bundle", "triton", "packaged").files
@@ -69,7 +78,7 @@ def package_bundle(bundle: str | Path, target: str, output: str | Path) -> Packa
     if target != "triton" and (batch := opened.manifest.batch) not in (None, 1):
         raise ConfigError(f"{bundle} takes batches of {batch}; frames come one by one.", "Export it with --batch 1.")
     if target != "gstreamer" and opened.manifest.stream is not None:
-        what = f"{bundle} follows a stream, and {target} computes every frame from nothing."
+        what = f"{bundle} was exported with --stream, and {target} does not support streaming inference."
         raise ConfigError(what, "Export it without --stream, or package it for gstreamer.")
     with io_errors(place):
         if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
@@ -83,10 +92,10 @@ def package_bundle(bundle: str | Path, target: str, output: str | Path) -> Packa
 
 
 def _open(folder: Path) -> Bundle:
-    """A bundle that takes one image, whose tensor names cannot be paths."""
+    """Open a bundle, and check that it takes one image and that its tensor names are safe."""
     bundle = open_bundle(folder)
     manifest, (height, width) = bundle.manifest, height_width(bundle.image_size)
-    bundle.model()  # A model that needs other files is not passed on.
+    bundle.model()  # Refuses a model that needs other files.
     if [(t.name, t.dtype, t.shape[1:]) for t in manifest.inputs] != [("image", "uint8", (height, width, 3))]:
         raise ConfigError(f"{folder} does not take one image `image` uint8 [B,{height},{width},3].", "Export it again.")
     names = [output.name for output in manifest.outputs]
@@ -96,36 +105,39 @@ def _open(folder: Path) -> Bundle:
 
 
 def _name(bundle: Bundle) -> str:
+    """Return the name of the model as a safe file name."""
     return file_name(bundle.manifest.name or "")
 
 
 def _framing(bundle: Bundle) -> Framing:
+    """Return how frames become the input of the model."""
     return Framing(bundle.image_size, bundle.require(bundle.manifest.preprocessing, "preprocessing").fit)
 
 
 def _resource(name: str) -> Any:
-    """A file of `export/`, such as "triton/guide.md"."""
+    """Return a file from `export/`, for example "triton/guide.md"."""
     target, _, file = name.partition("/")
     return importlib.resources.files(f"sparsifiner_edge.{target}").joinpath(file)
 
 
 def template(name: str, /, **values: object) -> str:
-    """One with its fields filled in."""
+    """Return a template from `export/` with its fields filled in."""
     return str(_resource(name).read_text(encoding="utf-8").format(**values))
 
 
 def _write_deepstream(bundle: Bundle, folder: Path) -> None:
+    """Write the model, its configuration and guide for DeepStream."""
     if bundle.precision not in deepstream.MODES:
         what = f"{bundle.folder} is {bundle.precision}: Gst-nvinfer builds int8 only with its own calibration table."
         raise ConfigError(what, "Export it with --precision fp32 or fp16.")
     model = deepstream.for_nvinfer(bundle.model())
-    outputs = [output.name for output in model.graph.output]  # Names that were not checked go into no list.
+    outputs = [output.name for output in model.graph.output]  # Checked below, before they go into a configuration.
     if not {deepstream.PROBABILITIES, *(output.name for output in bundle.manifest.outputs)}.issuperset(outputs):
         raise ArtifactError(f"{bundle.folder}: the model gives other outputs than its manifest says.", "Do not use it.")
     channels, framing, intended = deepstream.give_map(model, bundle), _framing(bundle), bundle.manifest.intended
     kind = "map" if channels else "classifier" if outputs == [deepstream.PROBABILITIES] else "tensors"
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
-    precision = "fp16" if intended is not None and intended.precision == "fp16" else bundle.precision
+    precision = "fp16" if intended is not None and intended.compute_precision == "fp16" else bundle.precision
     (height, width), labels = height_width(framing.size), bundle.labels()
     config = template(
         "deepstream/nvinfer.txt",
@@ -145,7 +157,7 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
         labels = labels or [f"class_{number}" for number in range(classes)]
     for probe in () if kind == "classifier" else ("probe.py", "probe.c"):
         (folder / probe).write_bytes(_resource(f"deepstream/{probe}").read_bytes())
-    if labels:  # One line, with semicolons between.
+    if labels:  # Gst-nvinfer reads one line with semicolons as separators.
         line = ";".join(label.replace(";", ",").strip() or "-" for label in labels)
         (folder / LABELS_FILE).write_text(f"{line}\n", encoding="utf-8")
     guide = template("deepstream/guide.md", name=_name(bundle), height=height, width=width, framing=framing)
@@ -153,13 +165,14 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
 
 
 def _write_triton(bundle: Bundle, folder: Path) -> None:
+    """Write a model repository and guide for Triton."""
     name, most, labels = _name(bundle), 0 if bundle.manifest.batch else BATCH, bundle.labels()
     model = folder / "models" / name
     (model / "1").mkdir(parents=True)
     (model / "1" / MODEL_FILE).write_bytes(bundle.read(MODEL_FILE))
     if labels:
         (model / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-    # The native library computes in float32 alone.
+    # The native library supports float32 only.
     library = native.library_path() if bundle.manifest.ops and bundle.manifest.float16 is None else None
     if library is not None:
         shutil.copyfile(library, model / library.name)
@@ -179,6 +192,7 @@ def _write_triton(bundle: Bundle, folder: Path) -> None:
 
 
 def _output(tensor: TensorSpec, most: int, labelled: bool) -> str:
+    """Return an output of Triton's configuration."""
     if tensor.dtype not in _TYPES or not tensor.shape:
         raise ConfigError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}: Triton has no such output.", AGAIN)
     labels = f'  label_filename: "{LABELS_FILE}"\n' if labelled and tensor.name == "logits" else ""
@@ -187,19 +201,20 @@ def _output(tensor: TensorSpec, most: int, labelled: bool) -> str:
 
 
 def _dims(tensor: TensorSpec, most: int) -> list[int]:
-    """Without the batch axis where Triton makes batches; -1 for a dynamic axis."""
+    """Return the shape of a tensor with -1 for dynamic axes, without the batch axis if Triton forms batches."""
     return [size if isinstance(size, int) else -1 for size in tensor.shape[1 if most else 0 :]]
 
 
 def _write_gstreamer(bundle: Bundle, folder: Path) -> None:
+    """Write the bundle, the element and the guide for GStreamer."""
     bundle.copy(bundle.manifest.files, folder / "bundle")
     (folder / "bundle" / BUNDLE_FILE).write_bytes(bundle.text)
-    # Beside a link: a bundle with a file that its manifest does not list is not whole.
+    # The description must lie next to the model, and the bundle must contain no file that its manifest does not list.
     (folder / MODEL_FILE).symlink_to(Path("bundle") / MODEL_FILE)
     (folder / f"{MODEL_FILE}.modelinfo").write_text(_modelinfo(bundle), encoding="utf-8")
     if (signature := read_signature(bundle.folder)) is not None:
         write_signature(folder / "bundle", signature)
-    # GStreamer's loader imports the element; here it is data.
+    # GStreamer's loader imports the element; this package only copies it.
     element, framing = folder / "plugins" / "python" / "sparsifiner.py", _framing(bundle)
     element.parent.mkdir(parents=True)
     element.write_bytes(_resource("gstreamer/python/sparsifiner.py").read_bytes())
@@ -212,7 +227,7 @@ def _write_gstreamer(bundle: Bundle, folder: Path) -> None:
 
 
 def _modelinfo(bundle: Bundle) -> str:
-    """What newer versions of `onnxinference` want to know of the tensors, from a file beside the model."""
+    """Return the description of the tensors that recent versions of `onnxinference` read from a file."""
     lines = ["[modelinfo]", "version=1.0", f"group-id=sparsifiner-edge-{_name(bundle)}"]
     for direction, specs in (("input", bundle.manifest.inputs), ("output", bundle.manifest.outputs)):
         for spec in specs:

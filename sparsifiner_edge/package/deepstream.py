@@ -1,10 +1,11 @@
-"""The model that Gst-nvinfer's preprocessing fits, which gives planes of floats from 0 to 255.
+"""Conversion of a model to the input that Gst-nvinfer's preprocessing produces: planes of floats from 0 to 255.
 
     image uint8 [B,H,W,3] -> Cast -> pixels -> ..    becomes    image float32 [B,3,H,W] -> Transpose -> pixels -> ..
 
-Mean and deviation stay folded in the first layer, so the one scale that such preprocessing knows is 1. Gst-nvinfer
-reads every output of a classifier as the answer of one: `probabilities`, the softmax of the logits, is the only one. Of
-a segmentation it reads the first, in the image's own size (its fillSegmentationOutput): `map`, float32 [B,C,H,W].
+Mean and deviation stay folded into the first layer, so the single scale that Gst-nvinfer supports is 1. Gst-nvinfer
+parses every output of a classifier as class probabilities, so `probabilities`, the softmax of the logits, is the only
+output. Of a segmentation it reads the first output at the size of the image (its fillSegmentationOutput): `map`,
+float32 [B,C,H,W].
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.runtime.golden import read_golden
 
-PROBABILITIES, MAP = "probabilities", "map"
+PROBABILITIES = "probabilities"
+"""Name of a classifier's only output."""
+MAP = "map"
+"""Name of a segmentation's only output."""
 MODES = {"fp32": 0, "fp16": 2}
-"""Precision -> Gst-nvinfer's network-mode."""
+"""Gst-nvinfer's network-mode for each precision."""
 
 
 def for_nvinfer(model: Any) -> Any:
-    """A copy that takes `image` float32 [B,3,H,W] instead of uint8 [B,H,W,3]; a classifier's gives `probabilities`.
+    """Return a copy of a model that takes `image` float32 [B,3,H,W] instead of uint8 [B,H,W,3].
+
+    A classifier's copy outputs `probabilities` instead of logits.
 
     Raises:
-        ConfigError: there is no one Cast of the one input `image` [B,H,W,3] to float32.
+        ConfigError: The model does not begin with a single Cast of its only input `image` [B,H,W,3] to float32.
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
@@ -49,19 +55,25 @@ def for_nvinfer(model: Any) -> Any:
     graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, height, width]))
     del graph.value_info[:]
     if (logits := next((output for output in graph.output if output.name == "logits"), None)) is not None:
-        answer = onnx.ValueInfoProto(name=PROBABILITIES, type=logits.type)
+        probabilities = onnx.ValueInfoProto(name=PROBABILITIES, type=logits.type)
         del graph.output[:]
-        graph.output.append(answer)
+        graph.output.append(probabilities)
         graph.node.append(helper.make_node("Softmax", ["logits"], [PROBABILITIES], axis=-1))
     return changed
 
 
 def give_map(model: Any, bundle: Bundle) -> int:
-    """Let a model's one output be `map` float32 [B,C,H,W], as large as the image, where it is a map of probabilities:
-    float32 [B,h,w] or [B,C,h,w], sides that divide the image's, and by the golden pair from 0 to 1.
+    """Replace a model's only output by `map` float32 [B,C,H,W] of the image's size, if it is a map of probabilities.
+
+    Such an output is float32 [B,h,w] or [B,C,h,w], has sides that divide the image's, and values from 0 to 1 in the
+    golden pair.
+
+    Args:
+        model: Model to change in place.
+        bundle: Bundle of the model.
 
     Returns:
-        Channels of the map; 0: the output is none, and is as it was.
+        Number of channels of the map; 0 if the output is not such a map, and the model is unchanged.
     """
     graph, outputs, (height, width) = model.graph, bundle.manifest.outputs, height_width(bundle.image_size)
     if len(outputs) != 1 or [outputs[0].name] != [output.name for output in graph.output]:
@@ -73,7 +85,7 @@ def give_map(model: Any, bundle: Bundle) -> int:
     fits = values.size and values.shape[1:] == outputs[0].shape[1:] and height % rows == width % columns == 0
     if not (fits and values.min() >= 0 and values.max() <= 1):
         return 0
-    renamed = {MAP: "map.own", outputs[0].name: "map.small"}  # Any tensor's own name may be `map`.
+    renamed = {MAP: "map.own", outputs[0].name: "map.small"}  # A tensor of the model may already be named `map`.
     for names in (names for node in graph.node for names in (node.input, node.output)):
         names[:] = [renamed.get(name, name) for name in names]
     for weights in graph.initializer:

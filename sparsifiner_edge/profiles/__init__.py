@@ -1,1 +1,1 @@
-"""Measuring a bundle (`profile`), and estimating it for a board that is not here (`estimate`)."""
+"""Measurement of a bundle (`profile`) and its estimate for a board that is not available (`estimate`)."""

@@ -1,4 +1,4 @@
-"""What a result of kind "profile" or "comparison" holds; docs/profiling.md says what each figure means."""
+"""Contents of a result of kind "profile" or "comparison"; docs/measure.md explains each value."""
 
 from __future__ import annotations
 
@@ -19,12 +19,22 @@ from sparsifiner_edge.runtime.session import Runtime
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """One bundle's.
+    """Measurements of one bundle.
 
     Attributes:
-        rss_before_load_bytes, peak_memory_bytes: of its process; the peak after all queries.
-        device_bytes: that its first inference left taken of the device's memory, as `device_source` tells.
-        other_cores: that other programs kept busy meanwhile. layers: where asked for.
+        latency_ms: Latency of one query in milliseconds.
+        throughput_per_s: Queries per second.
+        queries: Number of recorded queries.
+        load_ms: Time to create the session, without importing its package.
+        first_inference_ms: Time of the first inference.
+        rss_before_load_bytes: Memory of the process before the model was loaded.
+        peak_memory_bytes: Peak memory of the process after all queries.
+        device_bytes: Device memory that was taken by loading and the first inference.
+        device_source: Source of `device_bytes`.
+        energy: Energy and power of the inferences.
+        other_cores: Number of cores that other programs kept busy in the meantime.
+        flags: Reasons why the measurement is unreliable.
+        layers: Time per layer, if requested.
     """
 
     latency_ms: Latency
@@ -43,11 +53,12 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """Two sides measured in turn, or estimated for one board.
+    """Comparison of two bundles that were measured in turn, or estimated for one board.
 
     Attributes:
-        ratio: against's latency over the subject's: above 1 the subject is faster. rounds: that it is the median of;
-            None: of an estimate. verdict: "faster", "slower", "no difference shown"; `report.verdict` has it in words.
+        ratio: Latency of the other bundle divided by that of the subject; above 1, the subject is faster.
+        rounds: Number of rounds that `ratio` is the median of; None for an estimate.
+        verdict: "faster", "slower" or "no difference shown"; `report.verdict` puts it into words.
     """
 
     ratio: Quantity
@@ -56,22 +67,32 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
-    """By role; of two also the comparison."""
+    """Measurements of each bundle, and their comparison if there are two."""
 
     subject: Figures
     against: Figures | None = None
     comparison: Comparison | None = None
 
     def sides(self) -> list[Figures]:
-        """One or two."""
+        """Return the measurements of one bundle or two."""
         return [self.subject] if self.against is None else [self.subject, self.against]
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was measured; by role where sides may differ. input_shapes: of uniform random inputs, made once.
+    """Description of a measurement; dictionaries are by role ("subject", "against"), because the sides may differ.
 
-    sensor: its name, what its total is made of, its times, why others are `not_used`, `readings`, and seconds of each
-    idle baseline. cut_short: why it ended before the rules were met.
+    Attributes:
+        scenario: Load pattern of the queries.
+        rules: Conditions under which a side has been measured long enough.
+        input_shapes: Shapes of the inputs, uniform random arrays that are created once.
+        runtime: Backend, versions and kernels of each side.
+        warm_up: Warm-up of each side.
+        block_queries: Number of queries per block.
+        sensor: Power sensor: name, components of its total, periods, reasons why others are `not_used`, number of
+            `readings`, and duration of each idle baseline in seconds.
+        conditions: Clocks, temperatures and throttling of each side.
+        problems: Problems of the sensor.
+        cut_short: Reason why the measurement ended before the rules were met.
     """
 
     scenario: str = "single stream: one query at a time, from Session.infer's call to its return"
@@ -87,8 +108,13 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProfileResult(Result, frozen=True):
-    """Of kind "profile" or "comparison"; samples by role: `latency_ms` of every query, in blocks of `block_queries`;
-    and "power", the sensor's readings by column, where there are any.
+    """Result of kind "profile" or "comparison".
+
+    Attributes:
+        method: Description of the measurement.
+        samples: By role, `latency_ms` of every query, in blocks of `block_queries`; under "power", the sensor's
+            readings by column, if there are any.
+        statistics: Statistics of the samples.
     """
 
     method: Method

@@ -1,6 +1,6 @@
-"""What makes a measurement unreliable: one flag per reason, each with what was seen and what to do.
+"""Reasons why a measurement is unreliable: one flag per reason, with what was observed and what to do.
 
-Every threshold stands here, with where it comes from.
+All thresholds are defined here, with their source.
 """
 
 from __future__ import annotations
@@ -11,31 +11,49 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sparsifiner_edge.ops.kernels import LACKING
+from sparsifiner_edge.ops.kernels import FROM_PYTHON, LACKING, REBUILD
 from sparsifiner_edge.profiles.measure.side import WarmUp
 from sparsifiner_edge.profiles.sensors.conditions import Observation
 from sparsifiner_edge.profiles.stats import Series, percentile, quantile_interval
 from sparsifiner_edge.records import Unavailable
 
 SCATTER = 0.10
-"""(p90 - p10) / p50 of the latency. Our choice: a quiet machine stays below .05, a shared one is well above .1."""
+"""Maximum scatter of the latency, (p90 - p10) / p50.
+
+Our choice: a quiet machine stays below .05, a shared one is well above .1.
+"""
 TREND = 0.02
-"""Medians of the first and the last third, their intervals apart. Our choice: what a settled warm-up may move by."""
-LEAST_SECONDS, LEAST_QUERIES = 3.0, 64
-"""trtexec's default duration; the least queries that bound p90 at 99 %."""
+"""Maximum change of the median latency from the first to the last third, if their intervals do not overlap.
+
+Our choice: the change that a settled warm-up may show.
+"""
+LEAST_SECONDS = 3.0
+"""Minimum time of all queries in seconds: trtexec's default duration."""
+LEAST_QUERIES = 64
+"""Minimum number of queries: the smallest number that bounds p90 at 99 %."""
 CLOCK = 0.05
-"""Highest over lowest clock of the busiest core, or of the GPU, while queries ran. Our choice: as p50 moves."""
+"""Maximum relative change of the clock while queries ran. Our choice: p50 changes in proportion to the clock.
+
+It applies to the busiest core, and to the GPU if it runs the inferences.
+"""
 OTHER_CORES = 0.10
-"""Cores that other programs kept busy. Our choice: an idle desktop stays below .05."""
+"""Maximum number of cores that other programs keep busy. Our choice: an idle desktop stays below .05."""
 _FALLBACKS = {
-    LACKING: "Repair the native library: sparsifiner-edge doctor says what it lacks.",
-    "not the CUDA kernels": "This is a fallback: build an engine with --backend tensorrt and profile that.",
+    LACKING: "Repair the native library: sparsifiner-edge doctor reports what is missing.",
+    FROM_PYTHON: REBUILD,
+    "not the CUDA kernels": "This is a fallback: build an engine with --backend tensorrt and profile it.",
 }
-"""What a session says of kernels that it could not use, and what to do."""
+"""Text in the description of a session that reports a fallback, and what to do."""
 
 
 class Flag(msgspec.Struct, frozen=True):
-    """Why a measurement is unreliable: the reason's name, what was seen, what to do."""
+    """Reason why a measurement is unreliable.
+
+    Attributes:
+        flag: Name of the reason.
+        what: What was observed.
+        do: What to do about it.
+    """
 
     flag: str
     what: str
@@ -51,24 +69,29 @@ def flags_of(
     kernels: object,
     cut_short: str | None = None,
 ) -> list[Flag]:
-    """Of one side.
+    """Return the flags of one side of a measurement.
 
     Args:
-        conditions: before, during and after. on: "cpu" or "gpu", where inferences run (an idle GPU's clock is ignored).
-        others: cores that other programs kept busy. kernels: as a session's description says.
-        cut_short: why it ended before the rules were met.
+        latency_ms: Latency of every query in milliseconds.
+        warm_up: Result of the warm-up.
+        conditions: Clocks and throttling before, during and after the queries.
+        on: Device of the inferences, "cpu" or "gpu"; the clock of a GPU that is not used is ignored.
+        others: Number of cores that other programs kept busy.
+        kernels: Kernels of the operators, as a session's description reports them.
+        cut_short: Reason why the measurement ended before the rules were met.
     """
     values, flags = np.asarray(latency_ms, dtype=np.float64), list[Flag]()
     if short := "; ".join(_too_short(values, cut_short)):
         flags.append(Flag("too-short", short, "Measure longer (--seconds)."))
     if not warm_up.settled:
-        what = f"after {warm_up.seconds:.1f} s and {warm_up.queries} queries of warm-up the latency still moved"
+        what = f"the latency had not settled after {warm_up.seconds:.1f} s and {warm_up.queries} queries of warm-up"
         flags.append(Flag("not-warmed-up", what, "Close other programs, or fix the clocks, and measure again."))
     for what in _unstable(values):
         flags.append(Flag("unstable", what, "Close other programs, let the machine cool, and measure longer."))
     if isinstance(conditions.throttled_by, list) and conditions.throttled_by:
         what = f"slowed down by {', '.join(conditions.throttled_by)}"
-        flags.append(Flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
+        do = "Improve the cooling, choose a higher power mode, or use a stronger power supply."
+        flags.append(Flag("throttled", what, do))
     for what in _drifting_clocks(conditions, on):
         do = "Fix the clocks (jetson_clocks, nvidia-smi -lgc, the performance governor), and measure again."
         flags.append(Flag("clock-drift", what, do))
@@ -82,7 +105,7 @@ def flags_of(
 
 
 def _too_short(values: np.ndarray[Any, Any], cut_short: str | None) -> Iterator[str]:
-    """Too few seconds, queries, or independent samples."""
+    """Yield a reason for each of: too few seconds, queries or independent samples."""
     seconds = float(values.sum()) / 1000
     if cut_short:
         yield cut_short
@@ -95,7 +118,7 @@ def _too_short(values: np.ndarray[Any, Any], cut_short: str | None) -> Iterator[
 
 
 def _unstable(values: np.ndarray[Any, Any]) -> Iterator[str]:
-    """That the latency scatters, and that it drifts."""
+    """Yield a reason if the latency scatters, and another if it drifts."""
     low, middle, high = (percentile(values, share) for share in (0.1, 0.5, 0.9))
     if high - low > SCATTER * middle:
         yield f"p10 to p90 spans {(high - low) / middle:.0%} of the median"
@@ -111,8 +134,9 @@ def _unstable(values: np.ndarray[Any, Any]) -> Iterator[str]:
 
 
 def _drifting_clocks(conditions: Observation, on: str) -> Iterator[str]:
+    """Yield a reason for each clock that varied too much."""
     clocks = {"cpu_mhz": "the processor's clock"} | ({"gpu_mhz": "the GPU's clock"} if on == "gpu" else {})
     for key, name in clocks.items():
         lowest, highest = (bound(conditions.during.get(key, [0.0])) for bound in (min, max))
         if lowest > 0 and highest / lowest - 1 > CLOCK:
-            yield f"{name} went from {lowest:.0f} to {highest:.0f} MHz while queries ran"
+            yield f"{name} varied from {lowest:.0f} to {highest:.0f} MHz while queries ran"

@@ -1,4 +1,4 @@
-"""What `sparsifiner-edge profile` measures of a bundle, alone or interleaved with another: one query at a time."""
+"""Measure the latency of a bundle, one query at a time, alone or interleaved with another bundle."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ from sparsifiner_edge.records import Unavailable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileOptions:
-    """For how long a bundle is measured, and what beside latency.
+    """Duration and scope of a measurement.
 
     Attributes:
-        seconds, min_queries: least time measured and least number of queries, per bundle; None takes 10 s and
-            64. It takes at most six times `seconds`, or 60 s.
-        layers: also time each layer, afterwards and in another process.
-        power: also read power, where there is a sensor; False spares the idle baselines.
+        seconds: Minimum time measured per bundle in seconds; None takes 10 s. A measurement takes at most six times as
+            long.
+        min_queries: Minimum number of queries per bundle; None takes 64.
+        layers: Also measure the time of each layer, afterwards and in another process.
+        power: Also measure power, if there is a sensor; False skips the idle baselines.
 
     Example:
         >>> ProfileOptions(seconds=2).layers
@@ -60,22 +61,24 @@ def profile_bundle(
     options: ProfileOptions | None = None,
     progress: Progress | None = None,
 ) -> ProfileResult:
-    """Measure a bundle; with `against`, also the ratio between the two (docs/profiling.md).
+    """Measure a bundle; with `against`, also compare it with another one (docs/measure.md).
 
     Args:
-        bundle: the bundle that is judged.
-        execution: what runs it: a backend, or all of it.
-        against: the bundle to compare with, in turn with the first; it may be the same.
-        against_execution: what runs that; None takes `execution`, of which each bundle decides what is "auto".
-        options: for how long, and what beside latency. progress: called now and then.
+        bundle: Bundle to measure.
+        execution: How to run it: a backend, or a complete `Execution`.
+        against: Bundle to compare with, measured in turn with the first; it may be the same bundle.
+        against_execution: How to run `against`; None takes `execution`. Each bundle decides for itself what "auto"
+            means.
+        options: Duration and scope of the measurement.
+        progress: Callback for progress reports.
 
     Returns:
         A result of kind "profile", or "comparison" with `against`.
 
     Raises:
-        ArtifactError: not a bundle, altered, or of another version.
-        BackendError: unknown backend, the backend rejects the model, or a process died or hung.
-        ConfigError: a number is out of range.
+        ArtifactError: A folder is not a bundle, was altered, or has another schema version.
+        BackendError: The backend is unknown or rejects the model, or a process died or hung.
+        ConfigError: A number is out of range, or `against_execution` is given without `against`.
 
     Example:
         >>> result = profile_bundle("bundle", against="dense", options=ProfileOptions(seconds=0.2, layers=False))
@@ -84,7 +87,8 @@ def profile_bundle(
     """
     execution, options = execution_of(execution), options or ProfileOptions()
     rules = make_rules(options.seconds, options.min_queries)
-    require(against is not None or against_execution is None, "It is compared with none.", "Name one: --against.")
+    what, fix = "against_execution requires a bundle to compare with.", "Name one: --against."
+    require(against is not None or against_execution is None, what, fix)
     executions = {"subject": execution, "against": execution_of(against_execution or execution)}
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     subjects = [open_bundle(path).subject(role) for role, path in folders.items()]
@@ -97,19 +101,19 @@ def profile_bundle(
     for side in sides if options.layers else ():
         on_stage(f"timing the layers of {side.role}")
         figures[side.role] = replace(figures[side.role], layers=_layers(side))
-    compared = _compare(sides[0], sides[1]) if len(sides) == 2 else None
+    comparison = _compare(sides[0], sides[1]) if len(sides) == 2 else None
     samples = {side.role: {"latency_ms": side.latency_ms} for side in sides}
     return ProfileResult(
-        "profile" if compared is None else "comparison",
+        "profile" if comparison is None else "comparison",
         subjects,
         method,
         samples | ({"power": readings} if readings else {}),
-        Statistics(**figures, comparison=compared),
+        Statistics(**figures, comparison=comparison),
     )
 
 
 def _layers(side: MeasuredSide) -> list[Row] | Unavailable:
-    """Times per layer, from a process of its own; a profiler that fails costs nothing else."""
+    """Return times per layer, measured in a separate process, so that a failing profiler affects nothing else."""
     p50 = stats.percentile(side.latency_ms, 0.5)
     try:
         with start_worker() as worker:
@@ -120,7 +124,8 @@ def _layers(side: MeasuredSide) -> list[Row] | Unavailable:
 
 
 def _compare(subject: MeasuredSide, against: MeasuredSide) -> Comparison:
+    """Compare two sides that were measured in turn."""
     ratios = stats.round_ratios(subject.blocks, against.blocks)
     low, high = stats.quantile_interval(ratios, 0.5)
     ratio = stats.quantity(float(np.median(ratios)), low, high, "order statistics of paired rounds, effective size")
-    return Comparison(ratio=ratio, rounds=len(ratios), verdict=stats.judge(low, high))
+    return Comparison(ratio=ratio, rounds=len(ratios), verdict=stats.verdict_of(low, high))

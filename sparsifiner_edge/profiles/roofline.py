@@ -1,8 +1,8 @@
-"""The time of a transformer's operators on a device: the slower of arithmetic and memory, plus the cost of a launch.
+"""Roofline model of a transformer's operators: the longer of arithmetic and memory time, plus the cost of a launch.
 
-After Williams, Waterman and Patterson, "Roofline" (CACM 2009), with a share of each peak that real kernels reach. The
-shares are fitted to published and recorded measurements by `benchmarks/estimate.py`. Of our CUDA kernels nothing was
-measured: what they reach is judged from their machine code, and `build` measures instead.
+After Williams, Waterman and Patterson, "Roofline" (CACM 2009), with the shares of the peaks that real kernels reach.
+`benchmarks/estimate.py` fits these shares to published and recorded measurements. There are no measurements of our CUDA
+kernels on the boards: their shares are judgements from the machine code, and `build` measures the engines.
 """
 
 from __future__ import annotations
@@ -15,35 +15,38 @@ from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs, l
 from sparsifiner_edge.profiles.boards.board import Board
 
 SIZES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}
-"""Bytes of an element in memory."""
-SPARSE_KINDS = ("predictor", "cells", "attention")
+"""Bytes per element in memory, by precision."""
+SPARSE_KINDS = ("predictor", "background", "attention")
 """Kinds of operator whose cost in a sparse layer depends on the kernels."""
 SCORE_PASSES = 6
-"""Times that plain attention writes or reads its scores: product, scale, softmax, product."""
+"""Times that dense attention without fusion writes or reads its scores: product, scale, softmax, product."""
 MERGE_LAUNCHES = {"native": 8, "kernels": 5, "bodies": 25}
-"""Kernels of a layer that merges, sizes and places of its tokens included: of bodies as counted in an engine of
-TensorRT-RTX (`benchmarks/engines_rtx.py`), of which 5 are left without MatchTokens and MergeTokens
-(`tests/tensorrt/test_rtx.py`); of CUDA kernels as in a bundle's table (`tests/test_board.py`). native: a CPU's
-library."""
+"""Number of kernel launches for merging in one layer, including those for the sizes and positions of tokens.
+
+Keys: "bodies" are ONNX function bodies, counted in a TensorRT-RTX engine (`benchmarks/engines_rtx.py`), where 5
+launches remain without MatchTokens and MergeTokens (`tests/tensorrt/test_rtx.py`). "kernels" are the CUDA kernels,
+counted in a bundle's kernel table (`tests/test_board.py`). "native" is the CPU library.
+"""
 
 
 PRUNING_LAUNCHES = 6
-"""Kernels of a layer after which tokens are pruned: scores, TopK, and gathers."""
+"""Number of kernel launches for pruning tokens after a layer: scores, TopK and gathers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RooflineFit:
-    """What real kernels reach, fitted.
+    """Shares of the peaks that real kernels reach, fitted to measurements.
 
     Attributes:
-        linear, attention, predictor: share of peak arithmetic of matrix products with weights, of attention, of the
-            choice of keys.
-        int8: share of the speed-up from int8 that linear layers keep.
-        bandwidth: share of peak memory bandwidth.
-        launch_us: microseconds from one operator to the next.
-        body_passes: times that function bodies write or read the scores of a sparse layer, its choice of keys included.
-        spread: factor within which nine of ten left-out measurements fell.
-        points: measurements behind it.
+        linear: Share of the peak arithmetic in matrix products with weights.
+        attention: Share of the peak arithmetic in attention.
+        predictor: Share of the peak arithmetic in the selection of keys.
+        int8: Share of the speed-up of int8 that linear layers reach.
+        bandwidth: Share of the peak memory bandwidth.
+        launch_us: Time from one operator to the next in microseconds.
+        body_passes: Times that function bodies write or read the scores of a sparse layer, including key selection.
+        spread: Factor within which nine of ten left-out measurements fell.
+        points: Number of measurements.
     """
 
     linear: float
@@ -68,10 +71,15 @@ GPU_FIT = RooflineFit(
     spread=1.44,
     points=26,
 )
-"""Published latencies of dense models; one share for all arithmetic. `body_passes` is judged: compilers fuse them."""
+"""Fit to published latencies of dense models on GPUs, with one share for all arithmetic.
+
+`body_passes` is a judgement, because compilers fuse these passes.
+"""
 GRAPH_FIT = dataclasses.replace(GPU_FIT, launch_us=2.0, attention=0.55)
-"""As sessions run, judged: launched together as a CUDA graph, where a launch is an empty kernel and the gap before the
-next one; and dense attention fused, which published figures of short sequences say little of.
+"""`GPU_FIT` adapted to our sessions, which launch all kernels as one CUDA graph and fuse dense attention.
+
+Both values are judgements. In a graph, a launch costs an empty kernel and the gap before the next one. Published
+latencies of short sequences reveal little about attention.
 """
 CPU_FIT = RooflineFit(
     linear=0.991,
@@ -84,32 +92,46 @@ CPU_FIT = RooflineFit(
     spread=1.35,
     points=24,
 )
-"""Recorded models, dense and sparse; left-out ones fell within 1.1, six on another processor within 1.2; `spread` is
-set by judgement, since peaks are rarely known as well."""
+"""Fit to recorded latencies of dense and sparse models on CPUs.
+
+Left-out models fell within a factor of 1.1, and six models on another processor within 1.2. `spread` is a judgement and
+larger, because the peaks of a CPU are rarely known that well.
+"""
 
 
 KERNEL_SHARE = {80: 0.25, 86: 0.7, 87: 0.4, 89: 0.5, 90: 0.15, 100: 0.15, 110: 0.14, 120: 0.4}
-"""How fast our CUDA kernels' arithmetic is beside dense attention's, by SM: judged, for some thousand tokens and a
-tenth of the keys. They gather, and matrix units that outrun all else (90, 110) wait for it."""
+"""Arithmetic throughput of our CUDA kernels relative to dense attention, by SM.
+
+These are judgements for about a thousand tokens and a tenth of the keys. The kernels gather keys, and the fastest
+tensor cores (SM 90 and 110) wait for that.
+"""
 SHARED_READS = {90: 1, 100: 1}
-"""How often `attend` reads what it copied to shared memory, by SM: else once for each of its four warps."""
-SHARED_CLOCK_BYTES, CORES_OF_SM = 128, {75: 64, 80: 64}
-"""Bytes of shared memory that a multiprocessor moves in a clock; its CUDA cores, else 128."""
+"""Times that the kernel `attend` reads the data that it copied to shared memory, by SM.
+
+On all other SMs, each of its four warps reads them once.
+"""
+SHARED_CLOCK_BYTES = 128
+"""Bytes of shared memory that a multiprocessor moves per clock."""
+CORES_OF_SM = {75: 64, 80: 64}
+"""Number of CUDA cores per multiprocessor, by SM; 128 for all other SMs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OperatorWork:
-    """Work of one kind in one layer, for one inference of a whole batch.
+    """Work of one kind in one layer, for one inference of a batch.
 
     Attributes:
-        layer: from 0; -1: before the layers.
-        kind: as in `sparsifiner_edge.costs.MAC_KINDS`, or "embedding".
-        engine: which share of `RooflineFit` holds: "linear", "attention" or "predictor"; "kernels": attention's, times
-            `KERNEL_SHARE`.
-        macs: multiply-accumulates.
-        weights, activations: elements moved, at the operator's precision.
-        scores: elements moved at four bytes, whatever the precision. body: the same, once for each of `body_passes`.
-        launches: kernels. gathered: elements that kernels copy to shared memory.
+        layer: Index of the layer, from 0; -1 before the layers.
+        kind: One of `sparsifiner_edge.costs.MAC_KINDS`, or "embedding".
+        engine: Share of `RooflineFit` that applies: "linear", "attention" or "predictor". "kernels" is the share of
+            "attention" times `KERNEL_SHARE`.
+        macs: Multiply-accumulates.
+        weights: Weights moved, in elements at the operator's precision.
+        activations: Activations moved, in elements at the operator's precision.
+        launches: Number of kernel launches.
+        scores: Elements of four bytes moved, at any precision.
+        body: Elements of four bytes that are moved `body_passes` times, at any precision.
+        gathered: Elements that kernels copy to shared memory.
     """
 
     layer: int
@@ -126,7 +148,13 @@ class OperatorWork:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds of an operator, and those of its launches alone."""
+    """Estimated time of an operator.
+
+    Attributes:
+        operator: The operator.
+        seconds: Total time in seconds.
+        launch_s: Time of the launches alone in seconds.
+    """
 
     operator: OperatorWork
     seconds: float
@@ -135,14 +163,15 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is to be done.
+    """Model, batch size and implementation to estimate.
 
     Attributes:
-        shape, sparsity: of the model.
-        batch: images at once.
-        kernels: what runs sparse layers and merges, a key of `MERGE_LAUNCHES`; "bodies" keep scores and gathered keys
-            in memory.
-        materialised: dense attention does so too, as in ONNX Runtime on a CPU.
+        shape: Sizes of the model.
+        sparsity: Settings of sparsity.
+        batch: Batch size.
+        kernels: Implementation of sparse layers and merging, a key of `MERGE_LAUNCHES`. "bodies" keep scores and
+            gathered keys in memory.
+        materialised: True if dense attention keeps its scores in memory too, as in ONNX Runtime on a CPU.
     """
 
     shape: ModelShape
@@ -153,12 +182,12 @@ class Workload:
 
     @property
     def portable(self) -> bool:
-        """Whether sparse layers run as function bodies."""
+        """True if sparse layers run as ONNX function bodies."""
         return self.kernels == "bodies"
 
 
 def operators(work: Workload) -> list[OperatorWork]:
-    """Every operator of an inference, in order."""
+    """Return all operators of an inference, in order."""
     shape, parts = work.shape, [_embedding(work)]
     costs = layer_costs(shape, work.sparsity)
     for number, (here, share, after) in enumerate(layers(shape, work.sparsity)):
@@ -169,8 +198,16 @@ def operators(work: Workload) -> list[OperatorWork]:
 
 
 def _merging(number: int, shape: ModelShape, merged: int, work: Workload) -> OperatorWork:
-    """What `merged` pairs cost beside the arithmetic and keys that `_layer` counts as "pruning": old tokens read, new
-    ones written, launches; as bodies the keys of all partners in a seeker's window, float32, written and read.
+    """Return the cost of merging pairs that `_layer` does not count as "pruning".
+
+    It consists of reading the old tokens, writing the new ones, and launches. Function bodies also write and read the
+    keys of all candidates in the window of each token, in float32.
+
+    Args:
+        number: Index of the layer.
+        shape: Shape with the patches that the layer sees.
+        merged: Number of pairs.
+        work: Model and batch size.
     """
     moved = work.batch * shape.width * (2 * (shape.prefix + shape.patches) - merged)
     partners = 2 * work.batch * partner_elements(shape, work.sparsity) if work.portable else 0
@@ -178,11 +215,15 @@ def _merging(number: int, shape: ModelShape, merged: int, work: Workload) -> Ope
 
 
 def partner_elements(shape: ModelShape, sparsity: SparsityConfig) -> int:
-    """Elements of the keys that all seekers of a layer of `shape` look at, gathered: seekers x window x head."""
+    """Return the elements of all keys that are searched for partners: tokens x window x head dimension.
+
+    Half of the patches of a layer search for a partner.
+    """
     return shape.patches // 2 * sparsity.merge_window * (shape.width // shape.heads)
 
 
 def _embedding(work: Workload) -> OperatorWork:
+    """Return the cost of the patch embedding."""
     shape, pixels = work.shape, 3 * work.shape.patch**2
     macs = work.batch * shape.patches * pixels * shape.width
     moved = work.batch * shape.patches * (pixels + 3 * shape.width)
@@ -190,7 +231,7 @@ def _embedding(work: Workload) -> OperatorWork:
 
 
 def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, share: float) -> list[OperatorWork]:
-    """Projections and MLP, each with its normalisation and residual; pruning; attention."""
+    """Return the operators of a layer: projections and MLP with normalisation and residual, pruning, and attention."""
 
     def operator(kind: str, engine: str, launches: int, weights: int = 0) -> OperatorWork:
         moved = costs[kind].bytes / FLOAT - weights  # The bytes of `costs` hold the weights once.
@@ -203,16 +244,20 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sh
     if costs["pruning"].macs:
         parts.append(operator("pruning", "attention", 0 if work.sparsity.merge else PRUNING_LAUNCHES))
     if share < 1:
-        ours = work.kernels == "kernels"
-        cells = operator("cells", "kernels" if ours else "attention", int(not ours and costs["cells"].macs > 0))
-        chosen = operator("predictor", "kernels" if ours else "predictor", 2)
-        read = operator("attention", "kernels" if ours else "attention", 1)
-        if ours:  # `summarise` makes the cells too; `select` writes scores and reads them again.
+        cuda_kernels = work.kernels == "kernels"
+        background = operator(
+            "background",
+            "kernels" if cuda_kernels else "attention",
+            int(not cuda_kernels and costs["background"].macs > 0),
+        )
+        predictor = operator("predictor", "kernels" if cuda_kernels else "predictor", 2)
+        attention = operator("attention", "kernels" if cuda_kernels else "attention", 1)
+        if cuda_kernels:  # `summarise` also makes the background tokens; `select` writes its scores and reads them.
             layout = work.sparsity.of_share(share).layout(shape.patches, shape.prefix)
             lists = 2.0 * work.batch * layout.tiles
-            chosen = dataclasses.replace(chosen, scores=lists * shape.heads * shape.patches)
-            read = dataclasses.replace(read, gathered=lists * layout.keys * shape.width)
-        parts += [chosen, read, cells]
+            predictor = dataclasses.replace(predictor, scores=lists * shape.heads * shape.patches)
+            attention = dataclasses.replace(attention, gathered=lists * layout.keys * shape.width)
+        parts += [predictor, attention, background]
         return [*parts, *_bodies(number, shape, work, share)] if work.portable else parts
     parts.append(operator("attention", "attention", 1))
     if work.materialised:
@@ -222,13 +267,13 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sh
 
 
 def _bodies(number: int, shape: ModelShape, work: Workload, share: float) -> list[OperatorWork]:
-    """What function bodies move beyond a kernel's own traffic: scores, and gathered keys written and read back."""
+    """Return the memory traffic of function bodies beyond that of a kernel: scores, and gathered keys."""
     sparsity, patches = work.sparsity.of_share(share), shape.patches
     layout = sparsity.layout(patches, shape.prefix)
     read = layout.keys if sparsity.preset == "paper" else layout.keys + shape.prefix
-    ranked = work.batch * shape.heads * (-(-patches // sparsity.probe) + layout.tiles) * patches
+    ranked = work.batch * shape.heads * (-(-patches // sparsity.query_pool) + layout.tiles) * patches
     gathered = work.batch * 4 * layout.tiles * read * shape.width
-    scores = work.batch * shape.heads * patches * (read + layout.cells)
+    scores = work.batch * shape.heads * patches * (read + layout.background_tokens)
     return [
         OperatorWork(number, "predictor", "predictor", 0, 0, 0, 12, body=ranked),
         OperatorWork(number, "attention", "attention", 0, 0, gathered, 20, body=scores),
@@ -236,15 +281,18 @@ def _bodies(number: int, shape: ModelShape, work: Workload, share: float) -> lis
 
 
 def other_precision(precision: str, board: Board) -> str:
-    """Of what is no linear layer: int8 is for those alone; the rest runs in fp16 where the board has it."""
+    """Return the compute precision of operators other than linear layers.
+
+    int8 applies to linear layers only; the rest then runs in fp16 if the board supports it.
+    """
     return ("fp16" if board.fp16_tflops else "fp32") if precision == "int8" else precision
 
 
 def cost(operator: OperatorWork, board: Board, precision: str, fit: RooflineFit) -> Cost:
-    """Time of one operator.
+    """Return the time of one operator.
 
     Raises:
-        ConfigError: the board has no arithmetic for the precision.
+        ConfigError: The board does not support the precision.
     """
     chosen = precision if operator.engine == "linear" else other_precision(precision, board)
     kernels = operator.engine == "kernels"
@@ -259,7 +307,7 @@ def cost(operator: OperatorWork, board: Board, precision: str, fit: RooflineFit)
 
 
 def _shared_s(operator: OperatorWork, board: Board, precision: str) -> float:
-    """Seconds in which shared memory takes what is gathered, and gives it to the matrix units."""
+    """Return the seconds that shared memory needs to receive gathered keys and feed them to the tensor cores."""
     if not operator.gathered:
         return 0.0
     multiprocessors = board.cuda_cores / CORES_OF_SM.get(board.sm, 128)
@@ -268,17 +316,19 @@ def _shared_s(operator: OperatorWork, board: Board, precision: str) -> float:
 
 
 def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> list[Cost]:
-    """Times of all operators of an inference.
+    """Return the times of all operators of an inference.
 
     Raises:
-        ConfigError: see `cost`.
+        ConfigError: See `cost`.
     """
     return [cost(operator, board, precision, fit) for operator in operators(work)]
 
 
 def faster_dense(work: Workload, board: Board, precision: str = "fp16") -> list[int]:
-    """Of the sparse layers of a model, counted from 0, those whose attention would take less on a GPU if it were dense;
-    none where that is not known.
+    """Return the sparse layers whose attention is estimated to be faster on a GPU if it is dense.
+
+    Returns:
+        Indices into the sparse layers, from 0; empty if the board is not a GPU or states no peak for the precision.
     """
     if board.kind != "gpu" or precision not in board.peaks:
         return []
@@ -293,5 +343,5 @@ def faster_dense(work: Workload, board: Board, precision: str = "fp16") -> list[
 
 
 def seconds(spent: Sequence[Cost]) -> float:
-    """Their sum."""
+    """Return the total time in seconds."""
     return sum(c.seconds for c in spent)

@@ -1,4 +1,4 @@
-"""Percentiles, ratios and their intervals. Pure functions of the samples, in any unit."""
+"""Percentiles, ratios and their intervals: pure functions of the samples, in any unit."""
 
 from __future__ import annotations
 
@@ -14,19 +14,26 @@ from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Quantity
 
 CONFIDENCE = 0.95
+"""Confidence of all intervals."""
 _NORMAL = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+"""The .975 quantile of the normal distribution."""
 MARGIN = 0.01
-"""Ratios within 1 +- MARGIN are never called a difference: two processes of one model differ by that much."""
+"""Minimum difference: ratios within 1 +- MARGIN are never reported as a difference.
+
+Two processes that run the same model differ by that much.
+"""
 
 MIN_FOR_MEAN = 5
-"""Independent samples, such as images, that a mean's interval takes at least."""
+"""Minimum number of independent samples, such as images, for the interval of a mean."""
 
 _FEW = Unavailable("too few samples to bound it on this side")
+"""Bound of an interval that the samples cannot determine."""
 Series = Sequence[float] | np.ndarray[Any, Any]
+"""Samples in the order in which they were taken."""
 
 
 class Latency(msgspec.Struct, frozen=True):
-    """Of one query, in ms."""
+    """Latency of one query in milliseconds: percentiles and mean."""
 
     p50: Quantity
     p90: Quantity
@@ -35,15 +42,15 @@ class Latency(msgspec.Struct, frozen=True):
 
 
 def percentile(samples: Series, share: float) -> float:
-    """Quantile of `samples` at `share` in [0, 1], linear between neighbours (NumPy's default)."""
+    """Return the quantile of `samples` at `share` in [0, 1], with linear interpolation (NumPy's default)."""
     return float(np.quantile(np.asarray(samples, dtype=np.float64), share))
 
 
 def effective_size(series: Series) -> int:
-    """How many independent samples say as much about the mean as this series, which may be correlated in time.
+    """Return the number of independent samples that would determine the mean as well as this series.
 
-    Geyer's initial positive sequence (Statistical Science 7, 1992): autocorrelations are summed in pairs until a pair
-    is not positive. Between 1 and len(series).
+    The series may be correlated in time. Geyer's initial positive sequence (Statistical Science 7, 1992):
+    autocorrelations are summed in pairs until a pair is not positive. The result is between 1 and len(series).
     """
     values = np.asarray(series, dtype=np.float64)
     count = len(values)
@@ -60,7 +67,10 @@ def effective_size(series: Series) -> int:
 
 
 def binomial_cdf(trials: int, share: float) -> np.ndarray[Any, Any]:
-    """P(X <= k), k = 0..trials, of Binomial(trials, share); by logarithms, so that many trials do not underflow."""
+    """Return P(X <= k) for k = 0..trials of Binomial(trials, share).
+
+    The terms are computed as logarithms, so that many trials do not underflow.
+    """
     k = np.arange(trials)
     steps = np.log((trials - k) / (k + 1)) + math.log(share / (1 - share))
     logs = trials * math.log1p(-share) + np.concatenate([[0.0], np.cumsum(steps)])
@@ -68,12 +78,16 @@ def binomial_cdf(trials: int, share: float) -> np.ndarray[Any, Any]:
 
 
 def quantile_interval(samples: Series, share: float) -> tuple[float | None, float | None]:
-    """95 % interval of a quantile from order statistics, which needs no assumption about the distribution.
+    """Return the 95 % interval of a quantile from order statistics, without an assumption about the distribution.
 
-    The number of samples below the quantile is binomial; correlation in time shrinks the number of trials.
+    The number of samples below the quantile is binomial; correlation in time reduces the number of trials.
+
+    Args:
+        samples: Samples in the order in which they were taken.
+        share: Quantile, in (0, 1).
 
     Returns:
-        Low and high; None for a side on which the samples are too few to bound the quantile.
+        Low and high bound; None for a side that the samples are too few to bound.
     """
     values = np.asarray(samples, dtype=np.float64)
     trials = effective_size(values <= np.quantile(values, share))
@@ -89,10 +103,14 @@ def quantile_interval(samples: Series, share: float) -> tuple[float | None, floa
 
 
 def mean_reach(samples: Series, independent: int | None = None) -> float | None:
-    """How far the 95 % interval of the mean goes to either side: Student's t, which holds for few samples, too.
+    """Return the half-width of the 95 % interval of the mean, by Student's t, which also holds for few samples.
 
     Args:
-        independent: how many of them are; None: `effective_size`. Below `MIN_FOR_MEAN` there is no interval: None.
+        samples: Samples in the order in which they were taken.
+        independent: Number of independent samples among them; None takes `effective_size`.
+
+    Returns:
+        The half-width; None for fewer than `MIN_FOR_MEAN` independent samples.
     """
     count = effective_size(samples) if independent is None else independent
     if count < MIN_FOR_MEAN:
@@ -101,23 +119,27 @@ def mean_reach(samples: Series, independent: int | None = None) -> float | None:
 
 
 def mean_of(samples: Series, independent: int | None, method: str) -> Quantity:
-    """The mean with its interval; see `mean_reach`."""
+    """Return the mean with its interval; see `mean_reach`."""
     mean, reach = float(np.mean(samples)), mean_reach(samples, independent)
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
     return quantity(mean, low, high, method)
 
 
 def small_sample_mean(samples: Series) -> Quantity:
-    """Mean of independent samples, such as images."""
+    """Return the mean of independent samples, such as images, with its interval."""
     return mean_of(samples, len(samples), f"Student's t, {len(samples)} samples")
 
 
 def skewed_mean(samples: Series, shape: float) -> Quantity:
-    """Mean of few independent samples of something positive and skewed, such as distances of images: as of a gamma
-    distribution, whose mean follows from the samples' sum. Student's t interval misses it too often on the far side.
+    """Return the mean of a few independent, positive, skewed samples, such as errors per image, with its interval.
+
+    The samples are taken to follow a gamma distribution, whose mean follows from their sum. The interval of Student's t
+    would too often be too low.
 
     Args:
-        shape: of it, 1 for an exponential one: the inverse of the squared ratio of deviation to mean.
+        samples: The samples.
+        shape: Shape of the gamma distribution, the inverse of the squared ratio of standard deviation to mean; 1 for an
+            exponential distribution.
     """
     values = np.asarray(samples, dtype=np.float64)
     mean, freedom = float(values.mean()), 2 * shape * len(values)
@@ -126,8 +148,9 @@ def skewed_mean(samples: Series, shape: float) -> Quantity:
 
 
 def chi_square(freedom: float, sign: int) -> float:
-    """Its .975 quantile, or with a sign of -1 its .025 quantile: Wilson and Hilferty's, which is too small, never too
-    large, below a few degrees of freedom.
+    """Return the .975 quantile of the chi-square distribution, or the .025 quantile if `sign` is -1.
+
+    Approximation of Wilson and Hilferty. Below a few degrees of freedom it is too small, never too large.
     """
     z = sign * _NORMAL
     part = 2 / (9 * freedom)
@@ -135,7 +158,10 @@ def chi_square(freedom: float, sign: int) -> float:
 
 
 def student_t(freedom: int) -> float:
-    """The .975 quantile of Student's t: Cornish and Fisher's expansion, good to .002 from 4 degrees of freedom on."""
+    """Return the .975 quantile of Student's t distribution.
+
+    Expansion of Cornish and Fisher, accurate to .002 from 4 degrees of freedom on.
+    """
     z = _NORMAL
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -145,12 +171,16 @@ def student_t(freedom: int) -> float:
 
 
 def quantity(value: float, low: float | None, high: float | None, method: str) -> Quantity:
-    """A value with its interval, whose bounds are None where samples were too few."""
+    """Return a value with its interval; a bound of None means that there were too few samples."""
     return Quantity(value, _FEW if low is None else low, _FEW if high is None else high, CONFIDENCE, method)
 
 
 def summarise(latency_ms: Series) -> tuple[Latency, Quantity]:
-    """p50, p90, p99 and mean of the latency in ms, and the throughput in queries per second, with intervals."""
+    """Return percentiles and mean of the latency, and the throughput in queries per second, with intervals.
+
+    Args:
+        latency_ms: Latency of every query in milliseconds.
+    """
 
     def quantile(share: float) -> Quantity:
         bounds = quantile_interval(latency_ms, share)
@@ -163,35 +193,42 @@ def summarise(latency_ms: Series) -> tuple[Latency, Quantity]:
 
 
 def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.ndarray[Any, Any]:
-    """Per round, against's median over the subject's: above 1 where the subject is faster.
+    """Return, per round, the median latency of `against` divided by that of `subject`: above 1, the subject is faster.
 
-    A round holds a block of either side, run back to back: what slows the machine for longer slows both, and cancels.
-    The ratio of two bundles is the median over rounds, its interval `quantile_interval(ratios, 0.5)`; a bootstrap over
-    rounds missed the truth four times as often as its 95 % allow, beside another program on the machine.
+    A round consists of one block of each side, run back to back, so that anything that slows the machine down for
+    longer affects both sides and cancels. The ratio of two bundles is the median over the rounds, with the interval
+    `quantile_interval(ratios, 0.5)`. A bootstrap over rounds missed the true ratio four times as often as a 95 %
+    interval may, while another program ran on the machine.
+
+    Args:
+        subject: Latencies of the subject, by round.
+        against: Latencies of the other bundle, by round.
     """
     return np.array([np.median(b) / np.median(a) for a, b in zip(subject, against, strict=True)])
 
 
 def median(values: Series, method: str = "order statistics of rounds") -> Quantity:
-    """Of values by round, with its interval."""
+    """Return the median of one value per round, with its interval."""
     return quantity(float(np.median(values)), *quantile_interval(values, 0.5), method)
 
 
 def medians_in_turn(blocks: Sequence[Sequence[Series]]) -> list[Quantity]:
-    """Medians of sides that were measured in turn, block by block; what slowed all of a round's blocks is taken out.
+    """Return the median of each side, for sides that were measured in turn, block by block.
+
+    A slowdown that affected all blocks of a round is removed.
 
     Args:
-        blocks: of each side, round by round.
+        blocks: Samples of each side, by round.
     """
     rounds = min(map(len, blocks))
-    medians = np.array([[percentile(block, 0.5) for block in of_side[:rounds]] for of_side in blocks])
+    medians = np.array([[percentile(block, 0.5) for block in side[:rounds]] for side in blocks])
     common = np.exp(np.log(medians).mean(0)) if len(blocks) > 1 else np.ones(rounds)
-    how = "order statistics of rounds, measured in turn"
-    return [median(row, how) for row in medians / common * np.median(common)]
+    method = "order statistics of rounds, measured in turn"
+    return [median(row, method) for row in medians / common * np.median(common)]
 
 
-def judge(low: float | None, high: float | None) -> str:
-    """ "faster" or "slower" when the whole interval of the ratio lies outside 1 +- `MARGIN`; else no difference."""
+def verdict_of(low: float | None, high: float | None) -> str:
+    """Return "faster" or "slower" if the interval of a ratio lies outside 1 +- `MARGIN`, else "no difference shown"."""
     if low is not None and low > 1 + MARGIN:
         return "faster"
     if high is not None and high < 1 - MARGIN:

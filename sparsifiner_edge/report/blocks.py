@@ -1,4 +1,4 @@
-"""What a section of the page is made of; charts say where each mark stands, the template draws them."""
+"""Building blocks of a page's sections. Charts give the position of each mark; the template draws them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ import numpy as np
 from sparsifiner_edge.report.reading import LatencySamples
 from sparsifiner_edge.report.values import plain
 
-BINS, SHOWN_SHARE = 90, 0.995
-"""Of a histogram, and of the samples that it shows: the last few would take all the room."""
+BINS = 90
+"""Number of bins of a histogram."""
+SHOWN_SHARE = 0.995
+"""Share of the samples that a histogram shows: the last few would take all the space."""
 Place: TypeAlias = tuple[float, str]
-"""Percent of the way along an axis, and what stands there."""
+"""Position on an axis in percent, and its label."""
 
 
 class Strips(NamedTuple):
-    """One histogram a row over a shared axis.
+    """One histogram per row over a shared axis.
 
     Attributes:
-        rows: label, points of the histogram's outline in a box of `BINS` x 100, and marks. ticks: of the axis.
+        title: Title of the chart.
+        x_title: Title of the axis.
+        rows: Label, points of the histogram's outline in a box of `BINS` x 100, and marks.
+        ticks: Ticks of the axis.
     """
 
     title: str
@@ -32,9 +37,9 @@ class Strips(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows under `head`; the first column is on the left, the others right unless `words`.
+    """Rows under `head`; the first column is left-aligned, all others right-aligned unless `words`.
 
-    A cell is text, or text and percent of the greatest in its row, as a bar below it.
+    A cell is text, or text and a bar below it, in percent of the largest in its row.
     """
 
     head: Sequence[str]
@@ -45,7 +50,13 @@ class Table(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A remark; `missing`: about something that was not measured. picture: a data URI of one that it names."""
+    """A remark.
+
+    Attributes:
+        text: The remark.
+        missing: True if it is about something that was not measured.
+        picture: Data URI of a picture that it captions.
+    """
 
     text: str
     missing: bool = False
@@ -55,11 +66,14 @@ class Note(NamedTuple):
 
 Block: TypeAlias = Strips | Table | Note
 Section: TypeAlias = tuple[str, Sequence[Block]]
-"""Its name, which leads to its title and intro, and what is below the heading."""
+"""Name, which leads to title and introduction, and the blocks below the heading."""
 
 
 def strips(title: str, x_title: str, sides: Sequence[tuple[str, LatencySamples, dict[str, float]]]) -> Strips:
-    """Of sides: label, samples, and marks by name; from the least sample to the mark or quantile that is farthest."""
+    """Return histograms of sides (label, samples, marks by name).
+
+    They reach from the smallest sample to the farthest mark or quantile.
+    """
     low = min(float(samples.min()) for _, samples, _ in sides)
     ends = [max(float(np.quantile(samples, SHOWN_SHARE)), *marks.values()) for _, samples, marks in sides]
     high = max(*ends, low * 1.01)
@@ -71,7 +85,7 @@ def strips(title: str, x_title: str, sides: Sequence[tuple[str, LatencySamples, 
 
 
 def course(title: str, x_title: str, rows: Sequence[tuple[str, Sequence[float]]], floors: Sequence[float]) -> Strips:
-    """How values from a floor to 1 go, frame by frame: label and values, all as many."""
+    """Return charts of values between a floor and 1, frame by frame; all rows have the same length."""
     shown = list[tuple[str, str, Sequence[Place]]]()
     count = len(rows[0][1])
     for (label, values), floor in zip(rows, floors, strict=True):
@@ -85,12 +99,12 @@ def course(title: str, x_title: str, rows: Sequence[tuple[str, Sequence[float]]]
 
 
 def _place(value: float, low: float, high: float) -> float:
-    """Percent of the way from `low` to `high`; what lies beyond stands at the end."""
+    """Return the position between `low` and `high` in percent, limited to the ends."""
     return round(100 * min(max((value - low) / (high - low), 0.0), 1.0), 2)
 
 
 def _ticks(low: float, high: float) -> list[Place]:
-    """Some four round values."""
+    """Return about four round values."""
     power = 10 ** math.floor(math.log10((high - low) / 4))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= (high - low) / 5)
     values = (step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1))
@@ -98,7 +112,7 @@ def _ticks(low: float, high: float) -> list[Place]:
 
 
 def _outline(samples: LatencySamples, low: float, high: float) -> str:
-    """Of a histogram, the points of a polygon in a box of `BINS` x 100."""
+    """Return the points of a histogram's polygon in a box of `BINS` x 100."""
     counts, _ = np.histogram(samples, np.linspace(low, high, BINS + 1))
     heights = 100 - 96 * counts / max(1, int(counts.max()))
     steps = " ".join(f"{number},{height:.0f} {number + 1},{height:.0f}" for number, height in enumerate(heights))

@@ -1,6 +1,6 @@
-"""The page of an explanation: each image with what its layers read and merged, and what the features hang on.
+"""Page of an explanation: what the layers read and merged of each image, and which patches the features depend on.
 
-One file without a script, which asks for nothing.
+It is one file without scripts or requests.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ def write_explanation(images: Sequence[Explained], method: ExplainMethod, output
     """Write the page.
 
     Args:
-        images, method: as explained. output: the page. language: "en" or "ja".
+        images: Explained images.
+        method: How they were explained.
+        output: The page.
+        language: "en" or "ja".
 
     Raises:
-        ConfigError: no such language. MissingExtraError: jinja2 is not installed. ArtifactError: the disk refuses.
+        ConfigError: There is no such language.
+        MissingExtraError: jinja2 is not installed.
+        ArtifactError: The disk refuses.
     """
     shown = [(clean(image.path.name), base64.b64encode(_overview(image)).decode(), image.summary) for image in images]
     page = templates().get_template("explain.html")
@@ -36,9 +41,7 @@ def write_explanation(images: Sequence[Explained], method: ExplainMethod, output
 
 
 def _overview(image: Explained) -> bytes:
-    """A JPEG: the photograph; what its layers read, on average; what merged by the last layer; what the features hang
-    on.
-    """
+    """Return a JPEG of the photograph, the layers' mean reads, the last layer's merges, and the patches' importance."""
     from PIL import Image
 
     pixels, importance = image.image, image.importance
@@ -54,7 +57,7 @@ def _overview(image: Explained) -> bytes:
 
 
 def _heat(pixels: Pixels, values: Array) -> Pixels:
-    """Bright where much is, dark where little is."""
+    """Draw high values bright and low values dark."""
     ranked = np.argsort(np.argsort(values.ravel())).reshape(values.shape) / max(values.size - 1, 1)
     strength = _blown(ranked, pixels.shape)[..., None]
     warm = np.array([255, 120, 0])
@@ -62,7 +65,7 @@ def _heat(pixels: Pixels, values: Array) -> Pixels:
 
 
 def _mosaic(pixels: Pixels, token: Array) -> Pixels:
-    """Each token in the mean colour of its patches, those that stand for several outlined."""
+    """Draw each token in the mean colour of its patches; tokens of several patches are outlined."""
     owner = _blown(token, pixels.shape)
     count = np.maximum(np.bincount(owner.ravel()), 1)
     means = [np.bincount(owner.ravel(), pixels[..., channel].ravel()) / count for channel in range(3)]
@@ -74,5 +77,5 @@ def _mosaic(pixels: Pixels, token: Array) -> Pixels:
 
 
 def _blown(values: Array, shape: tuple[int, ...]) -> Array:
-    """Values of patches, for every pixel."""
+    """Repeat values of patches for every pixel."""
     return values.repeat(shape[0] // values.shape[0], 0).repeat(shape[1] // values.shape[1], 1)

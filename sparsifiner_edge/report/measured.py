@@ -1,4 +1,4 @@
-"""The sections of a profile: latency, energy, memory, layers, and what it was measured in."""
+"""Sections of a profile: latency, energy, memory, layers and conditions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ _LATENCY = (
     "load_ms",
     "first_inference_ms",
 )
+"""Names of the latency figures in the table."""
 _JOULES = ("energy.gross_j_per_inference", "energy.net_j_per_inference")
+"""Names of the energy figures in the table."""
 _WATTS = ("energy.mean_w", "energy.idle_w")
+"""Names of the power figures in the table."""
 _MEMORY = ("rss_before_load_bytes", "peak_memory_bytes", "device_bytes")
-"""Of a side's figures, what tables hold."""
+"""Names of the memory figures in the table."""
 
 
 def latency_section(data: ReportData) -> Section:
-    """Distribution of the raw samples, and a table with intervals."""
+    """Return the distribution of the raw samples, and a table with intervals."""
     texts, sides = data.texts, data.sides
     if not sides:
         return "latency", []
@@ -36,13 +39,13 @@ def latency_section(data: ReportData) -> Section:
 
 
 def _rows(section: str, names: Sequence[str], data: ReportData) -> dict[str, list[Figure]]:
-    """Figures of every side, under what the section calls them."""
+    """Return figures of every side under the section's labels."""
     texts = {name: data.texts(f"{section}.{name.rpartition('.')[2]}") for name in names}
     return {text: [_figure(side, name) for side in data.sides] for name, text in texts.items()}
 
 
 def _figure(side: Side, name: str) -> Any:
-    """A figure such as "energy.mean_w", or why there is none."""
+    """Return a figure such as "energy.mean_w", or why there is none."""
     figure: Any = side.figures
     for part in name.split("."):
         figure = figure if isinstance(figure, Unavailable) else getattr(figure, part)
@@ -50,7 +53,7 @@ def _figure(side: Side, name: str) -> Any:
 
 
 def _table(title: str, rows: dict[str, list[Figure]], data: ReportData, factor: float = 1.0) -> Table:
-    """A row for each figure, a column for each side. factor: to the unit that the table says."""
+    """Return a table with a row per figure and a column per side; `factor` converts to the unit that it shows."""
     cells = [[name, *bar_cells(row, data, factor)] for name, row in rows.items()]
     return Table(["", *(side.label for side in data.sides)], cells, title)
 
@@ -58,7 +61,7 @@ def _table(title: str, rows: dict[str, list[Figure]], data: ReportData, factor: 
 def bar_cells(
     row: Sequence[Figure], data: ReportData, factor: float, digits: int | None = None
 ) -> list[str | tuple[str, float]]:
-    """Figures, with bars where they may be compared; where there is none, whether the result gives a reason."""
+    """Return figures with bars where they may be compared, and the reason where there is none."""
     figures = [(each, quantity_of(each)) for each in row]
     top = max((quantity.value for _, quantity in figures if quantity), default=0.0)
     percent = 100 / top if top > 0 and not data.differences else 0.0
@@ -71,7 +74,7 @@ def bar_cells(
 
 
 def energy_section(data: ReportData) -> Section:
-    """Joules per inference, gross and net, and mean power; where there is none, why."""
+    """Return joules per inference, gross and net, and mean power; or why there are none."""
     texts, blocks = data.texts, list[Block]()
     if not all(isinstance(side.figures.energy, Unavailable) for side in data.sides):
         blocks.append(_table(texts("energy.chart"), _rows("energy", _JOULES, data), data, 1e3))
@@ -85,13 +88,13 @@ def energy_section(data: ReportData) -> Section:
 
 
 def memory_section(data: ReportData) -> Section:
-    """Memory of the process before loading and at its peak, and of the device."""
+    """Return the memory of the process before loading and at its peak, and of the device."""
     rows = _rows("memory", _MEMORY, data)
     return "memory", [_table(data.texts("memory.chart"), rows, data, 1e-6)] if data.sides else []
 
 
 def layers_section(data: ReportData) -> Section:
-    """Time by kind of operator, the choice of keys apart from attention."""
+    """Return the time by kind of operator, with key selection apart from attention."""
     texts, blocks, times = data.texts, list[Block](), dict[str, list[Figure]]()
     for column, side in enumerate(data.sides):
         layers = side.figures.layers
@@ -107,7 +110,7 @@ def layers_section(data: ReportData) -> Section:
 
 
 def conditions_section(data: ReportData) -> Section:
-    """What each side ran in, and its median clocks meanwhile, as far as they are known."""
+    """Return the conditions of each side, and its median clocks, as far as they are known."""
     columns = []
     for side in data.sides:
         during = side.file.result.method.conditions[side.role].during

@@ -1,4 +1,4 @@
-"""The sections beside the measurements: accuracy, search, estimates, stability, method and machine."""
+"""Sections besides the profile: accuracy, search, estimates, streams, stability, method and machine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sparsifiner_edge.front import SearchResult
 from sparsifiner_edge.outcomes import ALL, CLEAN, STREAM, RobustnessResult, ScoresResult, Stability, StreamResult
+from sparsifiner_edge.pareto import SearchResult
 from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.records import Unavailable
@@ -19,19 +19,20 @@ from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean, quantity_of
 
 MAX_ROWS = 60
-"""Of a table: a result may hold thousands, a page that is read does not."""
+"""Maximum rows of a table: a result may hold thousands."""
 EVALUATE = "sparsifiner-edge evaluate BUNDLE/ --against DENSE/ --data IMAGES/ -o accuracy.json"
+"""Command that measures accuracy."""
 _FLOOR = 0.9
-"""The cosine at the foot of a stream's chart."""
-MOST_SHOWN, _BASE64 = 1 << 20, re.compile(r"/9j/[A-Za-z0-9+/]+={0,2}")
-"""Characters of a picture in a result, which begins as JPEG does."""
-_OF = ("subject", "teacher", "lost")
+"""Cosine at the bottom of a stream's chart."""
+MOST_SHOWN = 1 << 20
+"""Maximum characters of a picture in a result."""
+_BASE64 = re.compile(r"/9j/[A-Za-z0-9+/]+={0,2}")
+"""Picture in a result: base64 that begins as JPEG does."""
+_OF = ("subject", "teacher", "drop")
 
 
 def accuracy_section(data: ReportData, pictures: Sequence[Block]) -> Section:
-    """Of every evaluation its figures, and each model with what ran it and its latency, where that is known; and
-    pictures.
-    """
+    """Return the figures of every evaluation, each model's runtime and latency if known, and pictures."""
     texts, blocks = data.texts, list[Block](pictures)
     for file in data.of(ScoresResult):
         rows = [
@@ -47,8 +48,8 @@ def accuracy_section(data: ReportData, pictures: Sequence[Block]) -> Section:
 
 def _title(file: ResultFile[ScoresResult], texts: Texts) -> str:
     method = file.result.method
-    judged = texts.get(f"metric.{method.metric}", clean(method.output or method.metric))
-    return f"{file.name}: {judged} ({clean(method.truth, 120)})"
+    metric = texts.get(f"metric.{method.metric}", clean(method.output or method.metric))
+    return f"{file.name}: {metric} ({clean(method.truth, 120)})"
 
 
 def _score_name(name: str, texts: Texts) -> str:
@@ -58,17 +59,17 @@ def _score_name(name: str, texts: Texts) -> str:
 
 
 def _model(data: ReportData, file: ResultFile[ScoresResult], role: str) -> str:
-    """Name, what ran it, and its latency where the bundle was profiled too."""
+    """Return name, runtime, and latency if the bundle was profiled too."""
     subject, runtime = file.subject(role), file.result.method.runtime.get(role)
     latency = [side.figures.latency_ms.p50 for side in data.sides if side.subject.sha256 == subject.sha256]
     parts = (runtime.backend, runtime.version, runtime.precision) if runtime else ()
-    ran = " ".join(clean(part) for part in parts if isinstance(part, str)) or "–"
-    timed = f" · {data.texts.figure(latency[0], 'ms')}" if latency else ""
-    return f"{data.texts(f'score.{role}')}: {data.label_of(subject)} · {ran}{timed}"
+    runtime_text = " ".join(clean(part) for part in parts if isinstance(part, str)) or "–"
+    latency_text = f" · {data.texts.figure(latency[0], 'ms')}" if latency else ""
+    return f"{data.texts(f'score.{role}')}: {data.label_of(subject)} · {runtime_text}{latency_text}"
 
 
 def search_section(data: ReportData) -> Section:
-    """Of every search: finalists beside the dense model, and how the answer did on images kept for the check."""
+    """Return the finalists of every search with the dense model, and the answer's result on held-out images."""
     texts, blocks = data.texts, list[Block]()
     for file in data.of(SearchResult):
         front = file.result.statistics
@@ -90,7 +91,7 @@ def search_section(data: ReportData) -> Section:
 
 
 def estimate_section(data: ReportData) -> Section:
-    """Of every estimate its figures, of one bundle or two, and below them what is assumed."""
+    """Return the figures of every estimate, for one bundle or two, and its assumptions."""
     texts, blocks = data.texts, list[Block]()
     for file in data.of(EstimateResult):
         statistics, method, board = file.result.statistics, file.result.method, file.result.method.board
@@ -105,9 +106,13 @@ def estimate_section(data: ReportData) -> Section:
         names = [clean(subject.path) for subject in file.result.subjects]
         blocks.append(Table(["", *names], rows, clean(f"{texts('estimate.of')} {' · '.join(parts)}", 200)))
         for name, how, side in zip(names, (method, method.against or method), sides, strict=False):
-            said = {key: clean(getattr(how, key), 200) for key in ("linear", "other", "stored", "kernels", "because")}
+            assumptions = {
+                key: clean(getattr(how, key), 200) for key in ("linear", "other", "precision", "kernels", "because")
+            }
             fits = texts.get(f"fits.{side.fits_memory}", clean(side.fits_memory))
-            blocks.append(Note(texts("estimate.runs", name=name, **said, memory=f"{board.memory_gb:g}", fits=fits)))
+            blocks.append(
+                Note(texts("estimate.runs", name=name, **assumptions, memory=f"{board.memory_gb:g}", fits=fits))
+            )
         blocks.append(Note(texts("estimate.how", how=clean(statistics.latency_ms.interval, 200))))
         if board.unverified:
             blocks.append(Note(texts("estimate.unverified", keys=clean(", ".join(board.unverified), 300))))
@@ -115,7 +120,7 @@ def estimate_section(data: ReportData) -> Section:
 
 
 def stream_section(data: ReportData) -> Section:
-    """Of every video: each way to answer its frames, how a stream did in the course of it, and frames to look at."""
+    """Return for every video each way to answer its frames, the course of the stream, and frames to look at."""
     texts, blocks = data.texts, list[Block]()
     names = ("patches", "moving", "patches_least", "reached", "share", "ms", "ms_p99")
     for file in data.of(StreamResult):
@@ -129,7 +134,7 @@ def stream_section(data: ReportData) -> Section:
         blocks.append(Table(heads, rows, f"{file.name}: {clean(method.video)}"))
         samples = result.samples.get(STREAM, {})
         patches, share = samples.get("patches", []), samples.get("share", [])
-        if len(patches) == len(share) > 0:  # Else they are of other frames.
+        if len(patches) == len(share) > 0:  # Otherwise they are for other frames.
             lines = [(texts("stream.fidelity", floor=_FLOOR), patches), (texts("stream.computed"), share)]
             blocks.append(course(texts("stream.chart"), texts("stream.frames"), lines, (_FLOOR, 0.0)))
         for title, content in list(result.pictures.items())[:4]:
@@ -145,14 +150,18 @@ def _cell(value: float | None, name: str) -> str:
 
 
 def stability_section(data: ReportData) -> Section:
-    """Of every result and score, what is lost under each corruption, and what sparsity adds to it."""
+    """Return for every result and score the drop under each corruption, and what sparsity adds to it."""
     texts, blocks = data.texts, list[Block]()
     for file in data.of(RobustnessResult):
         method = file.result.method
-        for score, losses in file.result.statistics.items():
-            rows = [(name, losses[name]) for name in (*method.corruptions[:MAX_ROWS], ALL) if name in losses]
-            means = (losses[CLEAN].teacher, losses[CLEAN].subject) if CLEAN in losses else (math.nan, math.nan)
-            count = max((loss.images for _, loss in rows), default=0)
+        for score, stabilities in file.result.statistics.items():
+            rows = [(name, stabilities[name]) for name in (*method.corruptions[:MAX_ROWS], ALL) if name in stabilities]
+            means = (
+                (stabilities[CLEAN].teacher, stabilities[CLEAN].subject)
+                if CLEAN in stabilities
+                else (math.nan, math.nan)
+            )
+            count = max((stability.images for _, stability in rows), default=0)
             blocks.append(
                 Note(
                     texts(
@@ -167,20 +176,20 @@ def stability_section(data: ReportData) -> Section:
                 )
             )
             title = f"{texts('stability.chart')} — {texts.get(f'score.{score}', clean(score, 40))}, {file.name}"
-            heads = texts.heads("stability", ("corruption", "dense", "sparse", "dense_lost", "sparse_lost", "extra"))
-            blocks.append(Table(heads, [_losses(name, loss, data) for name, loss in rows], title))
+            heads = texts.heads("stability", ("corruption", "dense", "sparse", "dense_drop", "sparse_drop", "extra"))
+            blocks.append(Table(heads, [_losses(name, stability, data) for name, stability in rows], title))
     return "stability", blocks
 
 
 def _losses(name: str, loss: Stability, data: ReportData) -> list[str | tuple[str, float]]:
-    """In points of 100; bars compare what was lost."""
-    lost = (loss.teacher_lost, loss.subject_lost, loss.extra_lost)
+    """Return drops in points of 100, with bars."""
+    drops = (loss.teacher_drop, loss.subject_drop, loss.extra_drop)
     shares = [f"{100 * share:.2f}" for share in (loss.teacher, loss.subject)]
-    return [data.texts.get(f"corruption.{name}", clean(name, 60)), *shares, *bar_cells(lost, data, 100, 2)]
+    return [data.texts.get(f"corruption.{name}", clean(name, 60)), *shares, *bar_cells(drops, data, 100, 2)]
 
 
 def method_section(data: ReportData) -> Section:
-    """Machine, software and conditions of every result, and its file's hash."""
+    """Return machine, software and conditions of every result, and its file's hash."""
     return "method", [Table([file.name, file.result.kind], _method_rows(file, data), words=True) for file in data.files]
 
 

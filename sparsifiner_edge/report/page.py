@@ -21,15 +21,19 @@ from sparsifiner_edge.report.verdict import verdict_sentences
 from sparsifiner_edge.results import Result
 
 MOST_PICTURE = 8 << 20
-"""Bytes of a picture that a page takes."""
+"""Maximum size of a picture in bytes."""
 _PICTURES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What was written, and what it says.
+    """Summary of a page that was written.
 
     Attributes:
-        verdict: sentences. differences: field -> values of results that differ. warnings: how many. sections: names.
+        page: Path of the page.
+        verdict: Sentences of the verdict.
+        differences: Field -> values of results that differ.
+        warnings: Number of warnings.
+        sections: Names of the sections.
     """
 
     page: str
@@ -44,20 +48,20 @@ def write_report(
 ) -> Report:
     """Write one self-contained page, which needs no network and runs no script.
 
-    Where machine, power mode, device, threads, backend or precision differ, a banner names the differences, and no
-    ratio is given across them.
+    If machine, power mode, device, threads, backend or precision differ, a banner names the differences, and no ratio
+    is given across them.
 
     Args:
-        results: files that `write_result` wrote.
-        output: the page; an earlier file there is replaced, whole or not at all.
+        results: Files that `write_result` wrote.
+        output: The page; an earlier file is replaced, completely or not at all.
         language: "en" or "ja".
-        pictures: PNG or JPEG files that the page shows, such as what a model makes of photographs.
+        pictures: PNG or JPEG files to show, such as a model's output on photographs.
 
     Raises:
-        ArtifactError: a file is no result that the page shows, of another version, or holds what nothing measures; or
+        ArtifactError: A file is no result that the page shows, is of another version, or holds impossible values; or
             the disk refuses.
-        ConfigError: no result, no such language.
-        ImageError: a picture is not an image, or too large.
+        ConfigError: There is no result, or no such language.
+        ImageError: A picture is not an image, or too large.
         MissingExtraError: jinja2 is not installed.
 
     Example:
@@ -85,7 +89,7 @@ def write_report(
 
 
 def page_of(result: Result) -> tuple[list[tuple[str, Table | Note]], list[str]]:
-    """What a page of one result says in English: its own tables, with a title each, and remarks; and the verdict."""
+    """Return the tables of one result in English, each with a title, its remarks, and the verdict."""
     data = report_data([result], Texts("en"))
     blocks = [
         (block.title or data.texts(f"{name}.title") if isinstance(block, Table) else "", block)
@@ -98,11 +102,11 @@ def page_of(result: Result) -> tuple[list[tuple[str, Table | Note]], list[str]]:
 
 
 def _picture(path: Path) -> Note:
-    """A picture as the page holds it, under its file's name."""
+    """Return a picture with its file name."""
     content = read_bytes(path, MOST_PICTURE)
     kind = next((kind for kind, start in _PICTURES.items() if content.startswith(start)), None)
     if kind is None:
-        raise ImageError(f"{path} is no PNG or JPEG.", "Give one that is.")
+        raise ImageError(f"{path} is not a PNG or JPEG file.", "Give a picture in one of these formats.")
     return Note(clean(path.stem, 80), picture=f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
 
 

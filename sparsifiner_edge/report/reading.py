@@ -1,4 +1,4 @@
-"""Result files as the page reads them: of declared types, with names, and with what forbids to compare them."""
+"""Result files as the page reads them: typed, with labels, and with the conditions that forbid comparisons."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from sparsifiner_edge.artifacts import read_json, sha256
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.front import SearchResult
 from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult, StreamResult
+from sparsifiner_edge.pareto import SearchResult
 from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import Comparison, Figures, ProfileResult
 from sparsifiner_edge.records import Unavailable
@@ -25,6 +25,7 @@ from sparsifiner_edge.results import MEASURE_AGAIN, RESULT_SCHEMA, Form, Result,
 from sparsifiner_edge.runtime.session import Runtime
 
 PROGRAM = "sparsifiner-edge"
+"""Name of the program in printed commands."""
 FORMS: dict[str, type[Result]] = {
     "profile": ProfileResult,
     "comparison": ProfileResult,
@@ -34,11 +35,15 @@ FORMS: dict[str, type[Result]] = {
     "estimate": EstimateResult,
     "stream": StreamResult,
 }
-"""Kind -> what the page reads of it."""
+"""Kind of result -> its type."""
 CHOSEN = ("backend", "precision", "device", "threads")
-"""Conditions that are chosen with a model: sides of one run may differ in these, of several in the first two."""
-GREATEST, LEAST_MS = 1e30, 1e-9
-"""Nothing measured comes near these, and computing with what lies beyond would leave floats."""
+"""Conditions that are chosen together with a model: sides of one run may differ in them, sides of several runs in the
+first two.
+"""
+GREATEST = 1e30
+"""Maximum magnitude of a number: nothing measured comes near it, and computing beyond it would overflow."""
+LEAST_MS = 1e-9
+"""Minimum latency in milliseconds: nothing measured comes near it."""
 LatencySamples = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -52,19 +57,19 @@ class ResultFile(Generic[Form]):
 
     @property
     def name(self) -> str:
-        """The file's name, as the page shows it."""
+        """Name of the file, as the page shows it."""
         return clean(self.path.name)
 
     @property
     def command(self) -> str:
-        """What made it, as one would type it, with this package's program for whatever file started it."""
+        """Command that made it, with this package's program name."""
         first, *rest = [clean(argument, 500) for argument in self.result.command] or [""]
         if Path(first).name in ("__main__.py", PROGRAM):
             first = PROGRAM
         return shlex.join(["python", first, *rest] if first.endswith(".py") else [first, *rest])
 
     def subject(self, role: str) -> Subject:
-        """The subject of a role; raises ArtifactError where there is none."""
+        """Return the subject of a role; raises ArtifactError if there is none."""
         return _of(self, "subjects", {subject.role or "": subject for subject in self.result.subjects}, role)
 
 
@@ -73,8 +78,9 @@ class Side:
     """One bundle in one profile.
 
     Attributes:
-        role: "subject" or "against". label: a name that no other side on the page has; before " · " it is the bundle's.
-        samples: latencies in ms.
+        role: "subject" or "against".
+        label: Unique name on the page; the part before " · " is the bundle's.
+        samples: Latencies in ms.
     """
 
     file: ResultFile[ProfileResult]
@@ -87,12 +93,16 @@ class Side:
 
     @property
     def bundle_name(self) -> str:
-        """The label without what tells measurements apart."""
+        """Label without the part that tells measurements apart."""
         return self.label.partition(" · ")[0]
 
 
 class ReportData(NamedTuple):
-    """What sections draw from. `differences`: fields of the conditions that forbid to compare sides, with values."""
+    """Data that the sections show.
+
+    Attributes:
+        differences: Conditions that forbid comparing sides, with their values.
+    """
 
     files: Sequence[ResultFile[Any]]
     sides: Sequence[Side]
@@ -100,16 +110,16 @@ class ReportData(NamedTuple):
     texts: Texts
 
     def of(self, form: type[Form]) -> list[ResultFile[Form]]:
-        """The files of a type."""
+        """Return the files of a type."""
         return [file for file in self.files if isinstance(file.result, form)]
 
     def label_of(self, subject: Subject) -> str:
-        """The name of a subject, the same wherever the page speaks of the bundle."""
+        """Return the name of a subject, the same everywhere on the page."""
         names = {side.subject.sha256: side.bundle_name for side in self.sides}
         return names.get(subject.sha256, _name(subject))
 
     def comparisons(self) -> list[tuple[Side, Side, Comparison]]:
-        """Sides that one run measured in turn, the subject first, where nothing forbids to compare them."""
+        """Return sides that one run measured in turn and that may be compared, the subject first."""
         return [
             (one, other, comparison)
             for one, other in pairwise(self.sides)
@@ -120,11 +130,11 @@ class ReportData(NamedTuple):
 
 
 def report_data(sources: Sequence[Path | Result], texts: Texts) -> ReportData:
-    """What files hold, or results that were made just now.
+    """Read files, or take results that were just made.
 
     Raises:
-        ArtifactError: a file is no result that the page shows, of another version, or holds what nothing measures.
-        ConfigError: no file.
+        ArtifactError: A file is no result that the page shows, is of another version, or holds impossible values.
+        ConfigError: There is no file.
     """
     if not sources:
         raise ConfigError("There is no result to report.", "Give files that profile or evaluate wrote with -o.")
@@ -139,13 +149,13 @@ def report_data(sources: Sequence[Path | Result], texts: Texts) -> ReportData:
 
 
 def unlike(one: Side, other: Side) -> dict[str, list[str]]:
-    """Conditions in which two sides differ, with both values."""
+    """Return the conditions in which two sides differ, with both values."""
     here, there = conditions_of(one), conditions_of(other)
     return {field: [here[field], there[field]] for field in here if here[field] != there[field]}
 
 
 def forbids(one: Side, other: Side) -> set[str]:
-    """Those in which they may not differ for their figures to stand side by side."""
+    """Return the conditions in which sides must not differ to be compared."""
     return unlike(one, other).keys() - (CHOSEN if one.file is other.file else CHOSEN[:2])
 
 
@@ -159,12 +169,12 @@ def _read(path: Path | Result) -> ResultFile[Any]:
     if kind not in FORMS:
         raise ArtifactError(f"{path} is of kind {kind}.", f"The page shows: {', '.join(FORMS)}.")
     if _largest(content) > GREATEST:
-        raise ArtifactError(f"{path} holds a number beyond {GREATEST:g}, which nothing measures.", MEASURE_AGAIN)
+        raise ArtifactError(f"{path} holds a number beyond {GREATEST:g}, which cannot be a measurement.", MEASURE_AGAIN)
     return ResultFile(path, sha256(path), check_result(content, path, FORMS[kind]))
 
 
 def _largest(content: Any) -> float:
-    """The greatest magnitude of a number in lists and objects."""
+    """Return the largest magnitude of a number in lists and objects."""
     if isinstance(content, (dict, list)):
         return max(map(_largest, content.values() if isinstance(content, dict) else content), default=0)
     return abs(content) if isinstance(content, (int, float)) else 0
@@ -177,11 +187,11 @@ def _sides(file: ResultFile[Any]) -> Iterator[Side]:
     for role, figures in (("subject", statistics.subject), ("against", statistics.against)):
         if figures is None:
             continue
-        held = file.result.samples.get(role, {}).get("latency_ms", [])
-        latencies, latency = np.asarray(held, np.float64), figures.latency_ms
+        samples = file.result.samples.get(role, {}).get("latency_ms", [])
+        latencies, latency = np.asarray(samples, np.float64), figures.latency_ms
         marks = [mark.value for mark in (latency.p50, latency.p90, latency.p99, latency.mean)]
         if not len(latencies) or min(latencies.min(), *marks) < LEAST_MS:
-            raise ArtifactError(f"{file.path}: {role} has no latencies, or such as nothing takes.", MEASURE_AGAIN)
+            raise ArtifactError(f"{file.path}: {role} has no latencies, or impossible ones.", MEASURE_AGAIN)
         _of(file, "method.conditions", method.conditions, role)
         subject, runtime = file.subject(role), _of(file, "method.runtime", method.runtime, role)
         yield Side(file, role, _name(subject), subject, figures, latencies, runtime)
@@ -192,7 +202,7 @@ Value = TypeVar("Value")
 
 def _of(file: ResultFile[Any], name: str, by_role: dict[str, Value], role: str) -> Value:
     if role not in by_role:
-        raise ArtifactError(f"{file.path}: {name} says nothing of {role}.", MEASURE_AGAIN)
+        raise ArtifactError(f"{file.path}: {name} has no entry for {role}.", MEASURE_AGAIN)
     return by_role[role]
 
 
@@ -201,7 +211,7 @@ def _name(subject: Subject) -> str:
 
 
 def _label(sides: Sequence[Side], differences: Container[str]) -> list[Side]:
-    """With what tells one apart from another: its folder, its file, conditions in which they differ, or a number."""
+    """Label the sides by folder, file, differing conditions, or a number, so that labels are unique."""
     shas: dict[str, set[object]] = {}
     for side in sides:
         for name in (side.label, _in_folder(side)):
@@ -223,11 +233,11 @@ def _in_folder(side: Side) -> str:
 
 
 def conditions_of(side: Side) -> dict[str, str]:
-    """What decides a side's figures beside its bundle, as text."""
+    """Return the conditions that decide a side's figures besides its bundle, as text."""
     runtime, machine = side.runtime, side.file.result.machine
     before = side.file.result.method.conditions[side.role].before
     memory = machine.memory_bytes
-    # Whole gibibytes, since every kernel takes a little of it for itself.
+    # Whole gibibytes, since every kernel reserves a little.
     size = "?" if isinstance(memory, Unavailable) else f"{memory / 2**30:.0f} GiB"
     watts = "?" if before.power_limit_mw is None else f"{before.power_limit_mw / 1000:g} W"
     return {
@@ -241,6 +251,6 @@ def conditions_of(side: Side) -> dict[str, str]:
 
 
 def _join(parts: Sequence[object], separator: str) -> str:
-    """The parts that are known."""
+    """Join the known parts."""
     known = [clean(part, 120) for part in parts if part not in (None, "?") and not isinstance(part, Unavailable)]
     return separator.join(known) or "?"

@@ -1,4 +1,4 @@
-"""The pages' words in English and Japanese, one catalogue, `texts.json`, with both of each; and their templates."""
+"""Words of the pages in English and Japanese (`texts.json`), and the templates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Texts:
     """Words of one language: `texts("verdict.faster", subject=..., against=...)`.
 
     Raises:
-        ConfigError: the language is not one of `LANGUAGES`.
+        ConfigError: The language is not one of `LANGUAGES`.
     """
 
     def __init__(self, language: str) -> None:
@@ -30,35 +30,35 @@ class Texts:
         self._texts: dict[str, str] = {key: words[language] for key, words in entries}
 
     def __call__(self, key: str, **values: object) -> str:
-        """The text of `key` with `values` in place of its fields."""
+        """Return the text of `key`, with `values` in its fields."""
         return self._texts[key].format(**values)
 
     def get(self, key: str, otherwise: str) -> str:
-        """The text of a name that a result holds, or what the result itself says."""
+        """Return the text of a name in a result, or `otherwise`."""
         return self._texts.get(key, otherwise)
 
     def join(self, parts: Sequence[str]) -> str:
-        """Parts in a row, as the language writes lists."""
+        """Join parts as the language writes lists."""
         return self("list.separator").join(parts)
 
     def heads(self, section: str, names: Sequence[str]) -> list[str]:
-        """The heads of a table's columns: the texts of `section.name`."""
+        """Return the column heads of a table: the texts of `section.name`."""
         return [self(f"{section}.{name}") for name in names]
 
     def figure(self, figure: Figure, unit: str = "", digits: int | None = None) -> str:
-        """A figure with its interval; a dash for none."""
+        """Format a figure with its interval; a dash if there is none."""
         quantity = quantity_of(figure)
         return "–" if quantity is None else with_interval(quantity, self("interval"), unit, digits)
 
     def missing(self, content: object, how: str) -> str:
-        """What stands for a figure that is not there: the reason in the result, else how to measure it."""
+        """Return what replaces a missing figure: the reason in the result, else how to measure it."""
         if isinstance(content, Unavailable):
             return self("reason", why=clean(content.why, 300))
         return self("not_measured", how=how)
 
 
 def templates() -> Any:
-    """The pages' templates, a `jinja2.Environment` that escapes all text.
+    """Return the templates as a `jinja2.Environment` that escapes all text.
 
     Raises:
         MissingExtraError: jinja2 is not installed.

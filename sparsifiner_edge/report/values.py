@@ -1,4 +1,4 @@
-"""How figures, and text from files, are written for people."""
+"""Formatting of figures and of text from files."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from sparsifiner_edge.text import printable
 
 Figure: TypeAlias = Quantity | float | Unavailable | None
 _LONG = 10_000
-"""Characters that are looked at: the page's own limits are far below."""
+"""Maximum characters that are looked at, far above the page's own limits."""
 _EXACT = Unavailable("it is a count, or a single reading")
 
 
 def quantity_of(figure: Figure) -> Quantity | None:
-    """A figure of a result with its bounds, None where there is none."""
+    """Return a figure with its bounds; None if there is none."""
     if figure is None or isinstance(figure, Unavailable):
         return None
     return figure if isinstance(figure, Quantity) else Quantity(figure, _EXACT, _EXACT, 0.0, "")
 
 
 def clean(text: object, most: int = 80) -> str:
-    """Text from a file, fit for a page and a terminal: hidden characters as escapes, at most `most` characters."""
+    """Make text from a file safe for a page and a terminal, with at most `most` characters."""
     whole = printable(text, _LONG)
     return whole if len(whole) <= most else whole[: most - 1] + "…"
 
 
 def plain(value: float) -> str:
-    """Three significant digits, thousands separated by commas: 0.0334, 12.3, 1,906; a count as it is."""
+    """Format three significant digits with thousands separators: 0.0334, 12.3, 1,906; counts stay exact."""
     if isinstance(value, int):
         return f"{value:,}"
     if value == 0 or not 1e-6 < abs(value) < 1e15:
@@ -38,7 +38,7 @@ def plain(value: float) -> str:
 
 
 def with_interval(figure: Quantity, to: str = "–", unit: str = "", digits: int | None = None) -> str:
-    """A figure and its interval, as `plain` or with `digits` decimals: "0.334 ms (0.332–0.337)"."""
+    """Format a figure and its interval, as `plain` or with `digits` decimals: "0.334 ms (0.332–0.337)"."""
     value, low, high = (
         "?" if isinstance(x, Unavailable) else plain(x) if digits is None else f"{x:,.{digits}f}"
         for x in (figure.value, figure.low, figure.high)

@@ -1,4 +1,4 @@
-"""The top of the page: the sentences that say how it came out."""
+"""Verdict at the top of the page: the sentences that say the result."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
-from sparsifiner_edge.front import SearchResult
 from sparsifiner_edge.outcomes import ALL, RobustnessResult, ScoresResult
+from sparsifiner_edge.pareto import SearchResult
 from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import Comparison
 from sparsifiner_edge.records import Unavailable
@@ -17,7 +17,7 @@ from sparsifiner_edge.report.values import clean, plain
 
 
 def verdict_sentences(data: ReportData) -> list[str]:
-    """The verdict: what the page shows, a sentence each, the most important first."""
+    """Return the verdict, one sentence per finding, the most important first."""
     texts, comparisons = data.texts, data.comparisons()
     refused = [texts("verdict.refused", fields=_fields(data.differences, texts))] if data.differences else []
     sentences = refused + [sentence for each in comparisons for sentence in _measured(*each, data)]
@@ -30,47 +30,47 @@ def verdict_sentences(data: ReportData) -> list[str]:
     sentences += [sentence for file in data.of(EstimateResult) for sentence in _estimated(file.result, texts)]
     sentences += [sentence for file in data.of(RobustnessResult) for sentence in _stability(file, texts)]
     subjects = [side for side in data.sides if side.role == "subject"]
-    if subjects and not comparisons and not any(_is_judged(side, data) for side in subjects):
+    if subjects and not comparisons and not any(_is_evaluated(side, data) for side in subjects):
         sentences.append(texts("verdict.no_accuracy"))
     return sentences or [texts("verdict.nothing")]
 
 
 def _fields(values: Mapping[str, Sequence[str]], texts: Texts) -> str:
-    """Conditions in a row, each with what it was: "precision (fp16 | fp32)"."""
+    """Return conditions with their values: "precision (fp16 | fp32)"."""
     return texts.join([f"{texts(f'field.{name}')} ({' | '.join(each)})" for name, each in values.items()])
 
 
 def _measured(subject: Side, against: Side, comparison: Comparison, data: ReportData) -> Iterator[str]:
-    """Which is faster, what else differs; and what is known of fidelity: of both, if backend or precision differ."""
+    """Yield which side is faster, what else differs, and what is known about fidelity."""
     texts, others, names = data.texts, unlike(subject, against), (subject.bundle_name, against.bundle_name)
     how = texts("verdict.others", others=_fields(others, texts)) if others else ""
     names = (subject.label, against.label) if names[0] == names[1] else names
     yield _compared(comparison, *names, texts, how)
     sides = (subject, against) if others.keys() & {"backend", "precision"} else (subject,)
-    if all(_is_judged(side, data) for side in sides):
+    if all(_is_evaluated(side, data) for side in sides):
         return
     for side, name in zip(sides, names, strict=False):
         if side.subject.to_float32 is not None:
             yield texts("verdict.to_float32", subject=name, value=f"{side.subject.to_float32:.4f}")
-    alone = subject.subject.sha256 == against.subject.sha256
-    dense = "DENSE/" if alone else shlex.quote(clean(against.subject.path, 500))
-    lacking = [_evaluate(side, dense) for side in sides if alone and not _is_judged(side, data)]
-    yield texts("verdict.unjudged", how=" && ".join(lacking or [_evaluate(subject, dense)]))
+    same_model = subject.subject.sha256 == against.subject.sha256
+    dense = "DENSE/" if same_model else shlex.quote(clean(against.subject.path, 500))
+    commands = [_evaluate(side, dense) for side in sides if same_model and not _is_evaluated(side, data)]
+    yield texts("verdict.unevaluated", how=" && ".join(commands or [_evaluate(subject, dense)]))
 
 
 def _evaluate(side: Side, dense: str) -> str:
-    """The command that judges a bundle as it ran here."""
+    """Return the command that evaluates a bundle as it ran here."""
     ran, path = side.runtime, shlex.quote(clean(side.subject.path, 500))
     computed = " ".join(re.findall("fp32|bf16|fp16", str(ran.precision))[-1:])
     cuda, tuned = ran.provider == "CUDAExecutionProvider", computed == "bf16" or ran.backend == "openvino"
-    named = {"backend": ran.backend, "provider": cuda and "cuda", "precision": tuned and computed}
+    named = {"backend": ran.backend, "provider": cuda and "cuda", "compute-precision": tuned and computed}
     known = {name: value for name, value in named.items() if isinstance(value, str) and value}
     options = "".join(f" --{name} {shlex.quote(clean(value))}" for name, value in known.items())
     return f"sparsifiner-edge evaluate {path} --against {dense} --data IMAGES/{options}"
 
 
-def _is_judged(side: Side, data: ReportData) -> bool:
-    """Whether its bundle was evaluated in its precision, or others were held against it."""
+def _is_evaluated(side: Side, data: ReportData) -> bool:
+    """Return True if the bundle was evaluated in its precision, or another was compared with it."""
     return any(
         subject.sha256 == side.subject.sha256 and runtime.precision == side.runtime.precision
         for file in data.of(ScoresResult)
@@ -82,19 +82,28 @@ def _is_judged(side: Side, data: ReportData) -> bool:
 def _estimated(result: EstimateResult, texts: Texts) -> list[str]:
     statistics, method, other = result.statistics, result.method, result.method.against
     (name, *others), comparison = [clean(subject.path) for subject in result.subjects], statistics.comparison
-    said, dense = texts("verdict.takes", subject=name, ms=texts.figure(statistics.latency_ms, "ms")), list[str]()
+    statement, dense = texts("verdict.takes", subject=name, ms=texts.figure(statistics.latency_ms, "ms")), list[str]()
     if comparison is not None and other is not None and others:
         faster, sure = method if comparison.ratio.value > 1 else other, comparison.verdict in ("faster", "slower")
         if faster.dense and not (method.dense and other.dense):
             dense.append(texts("verdict.dense" if sure else "verdict.dense_likely"))
-        said = _compared(comparison, name, others[0], texts, unsure="verdict.unsure")
-    return [*dense, texts("verdict.estimate", board=clean(method.board.title), said=said)]
+        statement = _compared(comparison, name, others[0], texts, unsure="verdict.unsure")
+    return [*dense, texts("verdict.estimate", board=clean(method.board.title), said=statement)]
 
 
 def _compared(
     comparison: Comparison, subject: str, against: str, texts: Texts, how: str = "", unsure: str = "verdict.same"
 ) -> str:
-    """The one rule for verdicts: for a side where the whole interval is. how: in what else they differ."""
+    """Return the verdict on a ratio: a side wins only if the whole interval is on its side.
+
+    Args:
+        comparison: The ratio with its interval.
+        subject: Name of the subject.
+        against: Name of the other.
+        texts: Words of the page.
+        how: Further differences.
+        unsure: Key of the text for an undecided ratio.
+    """
     ratio, verdict = comparison.ratio, comparison.verdict
     value, low, high = (0.0 if isinstance(x, Unavailable) else x for x in (ratio.value, ratio.low, ratio.high))
     names, share = {"subject": subject, "against": against, "how": how}, f"{100 * ratio.confidence:g}"
@@ -106,13 +115,13 @@ def _compared(
 
 
 def _scores(file: ResultFile[ScoresResult], data: ReportData) -> Iterator[str]:
-    """How often classes are right, how near features come, or how near a map; nothing of a user's own metric."""
+    """Yield the accuracy, or the fidelity of features or maps; nothing for a user's own metric."""
     texts, statistics, subject = data.texts, file.result.statistics, data.label_of(file.subject("subject"))
-    if {"subject_accuracy", "teacher_accuracy", "lost_accuracy"} <= statistics.keys():
+    if {"subject_accuracy", "teacher_accuracy", "drop_accuracy"} <= statistics.keys():
         student, dense = (f"{100 * statistics[f'{role}_accuracy'].mean.value:.2f}" for role in ("subject", "teacher"))
         metric = texts.get(f"metric.{file.result.method.metric}", clean(file.result.method.metric))
-        lost = texts.figure(statistics["lost_accuracy"].mean.times(100), digits=2)
-        yield texts("verdict.accuracy", subject=subject, metric=metric, student=student, teacher=dense, lost=lost)
+        drop = texts.figure(statistics["drop_accuracy"].mean.times(100), digits=2)
+        yield texts("verdict.accuracy", subject=subject, metric=metric, student=student, teacher=dense, lost=drop)
     if "features_cosine" in statistics:
         yield texts("verdict.cosine", subject=subject, value=texts.figure(statistics["features_cosine"].mean, digits=4))
     figures = [
@@ -138,10 +147,10 @@ def _search(file: ResultFile[SearchResult], texts: Texts) -> Iterator[str]:
 
 
 def _stability(file: ResultFile[RobustnessResult], texts: Texts) -> Iterator[str]:
-    """What sparsity adds to the loss, by score; a dense model that others are held against loses nothing."""
-    for score, losses in file.result.statistics.items():
-        if ALL in losses and losses[ALL].teacher_lost.value:
-            lost = (losses[ALL].teacher_lost, losses[ALL].extra_lost)
-            dense, extra = (texts.figure(each.times(100), digits=2) for each in lost)
+    """Yield what sparsity adds to the drop under corruptions, by score."""
+    for score, stabilities in file.result.statistics.items():
+        if ALL in stabilities and stabilities[ALL].teacher_drop.value:
+            drops = (stabilities[ALL].teacher_drop, stabilities[ALL].extra_drop)
+            dense, extra = (texts.figure(each.times(100), digits=2) for each in drops)
             named = texts.get(f"score.{score}", clean(score, 40))
             yield texts("verdict.stability", score=named, dense=dense, extra=extra)

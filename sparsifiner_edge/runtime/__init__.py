@@ -1,7 +1,7 @@
-"""Running a bundle: one `Session` protocol, one class per backend. Importing this loads no backend."""
+"""Runtime that loads and runs bundles through one `Session` interface. Importing this package imports no backend."""
 
-from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS, Execution
+from sparsifiner_edge.execution import COMPUTE_PRECISIONS, KERNEL_CHOICES, PROVIDERS, Execution
 from sparsifiner_edge.runtime.open import BACKENDS, open_session
 from sparsifiner_edge.runtime.session import Session
 
-__all__ = ["BACKENDS", "KERNEL_CHOICES", "PRECISIONS", "PROVIDERS", "Execution", "Session", "open_session"]
+__all__ = ["BACKENDS", "KERNEL_CHOICES", "COMPUTE_PRECISIONS", "PROVIDERS", "Execution", "Session", "open_session"]

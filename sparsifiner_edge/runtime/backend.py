@@ -1,6 +1,8 @@
-"""What a backend is: one class each; `open.find_backend` gives the one of a name. Importing this loads none.
+"""Base classes of the backends. Importing this module imports no backend.
 
-Those that run a bundle's model on the processor share how its operators are carried out: native kernels or bodies.
+Each backend is one subclass of `Backend`; `open.find_backend` returns the one with a given name. The backends that run
+a bundle's model on the CPU derive from `ProcessorBackend`. They share the choice of kernels for the operators of the
+domain `sparsifiner`: the native library, or the ONNX function bodies in the file.
 """
 
 from __future__ import annotations
@@ -25,25 +27,38 @@ from sparsifiner_edge.runtime.session import Session
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-_NO_NATIVE = "Leave --kernels native and --precision bf16 out, or export fp32."
+_NO_NATIVE = "Leave --kernels native and --compute-precision bf16 out, or export fp32."
 _UNSET = "Correct or unset SPARSIFINER_TARGET, or choose the portable kernels."
 _FLOAT16 = 10
-"""TensorProto.FLOAT16."""
-BF16_TOLERANCE, BF16_TOLERANCE_FREE = 5e-2, 1e-1
-"""Greatest difference from golden outputs, relative to their range, in bf16 and fp16: dense, and where keys are chosen.
-Measured on DINOv2 in bf16: .008 and .084."""
+"""Value of `TensorProto.FLOAT16`."""
+BF16_TOLERANCE = 5e-2
+"""Golden tolerance of a dense model in bf16 or fp16: maximum absolute difference, relative to the output's range.
+
+The error measured on DINOv2 in bf16 is 0.008.
+"""
+BF16_TOLERANCE_FREE = 1e-1
+"""Golden tolerance of a model that selects keys in bf16 or fp16, relative to the output's range.
+
+It is larger than `BF16_TOLERANCE` because rounding can change which keys are selected. The error measured on DINOv2 in
+bf16 is 0.084.
+"""
 
 
 def import_package(module: str, package: str, extra: str, fix: str) -> Any:
-    """Import a backend's Python module; that touches no driver.
+    """Import the Python module of a backend without touching a driver.
 
     Args:
-        module, package, extra: its names in Python and for pip, and the extra that installs it.
-        fix: what to do where it is installed and does not import.
+        module: Name of the module in Python.
+        package: Name of the package for pip.
+        extra: Extra of this project that installs the package.
+        fix: Advice for the case that the package is installed but fails to import.
+
+    Returns:
+        The imported module.
 
     Raises:
-        MissingExtraError: it is not installed.
-        BackendError: it is installed and cannot be imported.
+        MissingExtraError: The package is not installed.
+        BackendError: The package is installed and cannot be imported.
     """
     try:
         return importlib.import_module(module)
@@ -51,16 +66,19 @@ def import_package(module: str, package: str, extra: str, fix: str) -> Any:
         if error.name not in (module, module.partition(".")[0], f"{module}_bindings", f"{module}_libs"):
             raise BackendError(f"{module} lacks the module {error.name}.", f"Reinstall {package}.") from error
         raise MissingExtraError(package, extra) from error
-    except Exception as error:  # Its libraries may be missing, or be those of another version.
+    except Exception as error:  # Shared libraries may be missing or have the wrong version.
         raise BackendError(f"{module} cannot be imported: {error}.", fix) from error
 
 
 class Backend(abc.ABC):
-    """What runs bundles.
+    """Base class of everything that runs bundles.
+
+    Args:
+        execution: Options for running bundles; None selects the backend's defaults.
 
     Attributes:
-        name: as given to `open_session`.
-        execution: how it runs them; None: by its defaults.
+        name: Name of the backend, as passed to `open_session`.
+        execution: Options for running bundles.
     """
 
     name: ClassVar[str]
@@ -70,65 +88,84 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def load(self) -> Any:
-        """Its package, imported; that touches no driver.
+        """Import the backend's package without touching a driver.
+
+        Returns:
+            The imported module.
 
         Raises:
-            MissingExtraError: it is not installed.
-            BackendError: it is installed and unusable: broken, too old, built without what is needed, or without the
-                precision requested.
+            MissingExtraError: The package is not installed.
+            BackendError: The package is unusable: broken, too old, built without a required feature, or without
+                support for the requested precision.
         """
 
     def check(self, _bundle: Bundle) -> object:
-        """Raise, as `load` does, where something is missing here for a session on a bundle; it is not loaded."""
+        """Check that this machine can run a bundle, without loading the model.
+
+        Raises:
+            MissingExtraError: A required package is not installed.
+            BackendError: The backend cannot run the bundle on this machine.
+        """
         return self.load()
 
     @abc.abstractmethod
     def open(self, bundle: Bundle) -> Session:
-        """A session on a bundle; see `open_session`."""
+        """Open a session on a bundle; see `open_session`."""
 
 
 def require_precision(precision: str, stored: str, name: str) -> None:
-    """Refuse a precision (`PRECISIONS`) of what computes in a file's own types.
+    """Check the compute precision requested of a backend that always computes in the types of the file.
 
     Args:
-        stored: what the file holds beside int8: "fp32" or "fp16". name: of what runs it.
+        precision: Requested compute precision, one of `execution.COMPUTE_PRECISIONS`.
+        stored: Type of the weights that are not int8: "fp32" or "fp16".
+        name: Name of the backend, for the message.
+
+    Raises:
+        BackendError: The requested precision is neither "auto" nor that of the file.
     """
     if precision not in ("auto", stored):
-        what = f"{name} computes in what a file stores, {stored} here, and not in {precision}."
+        what = f"{name} computes in the file's precision, {stored}, not in {precision}."
         other = f", or export with --precision {precision}" if precision in ("fp32", "fp16") else ""
-        raise BackendError(what, f"Leave --precision out{other}.")
+        raise BackendError(what, f"Leave --compute-precision out{other}.")
 
 
 class ProcessorBackend(Backend):
-    """A backend that runs the model itself, on the processor: `build` writes nothing, and runs the golden pair.
+    """Base class of the backends that run the bundle's ONNX file directly on the CPU, without a build step.
 
     Attributes:
-        computes: precisions (`execution.PRECISIONS`) that it may run a float32 file in.
+        compute_precisions: Compute precisions (`execution.COMPUTE_PRECISIONS`) in which it may run a float32 file.
     """
 
-    computes: ClassVar[tuple[str, ...]]
+    compute_precisions: ClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
     def session(self, model: Path, content: bytes | str, stored: str | None = None) -> Session:
-        """A session on a file's content, or on the path of a copy that nobody changes.
+        """Open a session on an ONNX file.
 
         Args:
-            model: where it is from, for messages. stored: the bundle's own word for its precision.
+            model: Path of the file, for messages.
+            content: Content of the file, or the path of a copy that nobody modifies.
+            stored: Weight precision according to the bundle; None if unknown.
         """
 
     def open(self, bundle: Bundle) -> Session:
-        """See `Backend.open`."""
+        """Open a session on the bundle's model; see `Backend.open`."""
         with bundle.sealed_copy(MODEL_FILE) as copy:
             return self.session(bundle.folder / MODEL_FILE, copy, bundle.manifest.precision)
 
 
 class _CpuFile(NamedTuple):
-    """What a session on the processor must know of a file: its operators of the domain `sparsifiner`, what runs them.
+    """Facts about an ONNX file that a session on the CPU needs.
 
     Attributes:
-        inputs, outputs: of the model. names: the operators'. float16: whether any weight is.
-        library: the native one; None for function bodies.
-        reason: why they are bodies where that was not chosen: they are several times slower.
+        inputs: Inputs of the model, without initializers.
+        outputs: Outputs of the model.
+        names: Operators of the domain `sparsifiner` that the file uses.
+        float16: True if any weight is float16.
+        library: Native library that runs these operators; None if the function bodies run.
+        reason: Reason why the native library is unusable although it was not ruled out; None otherwise. Function
+            bodies are several times slower.
     """
 
     inputs: list[TensorSpec]
@@ -139,20 +176,29 @@ class _CpuFile(NamedTuple):
     reason: str | None
 
     def text(self, precision: str | None = None) -> str:
-        """For people; precision: of attention in the native library, where that is worth a word."""
+        """Return a description of the kernels for users.
+
+        Args:
+            precision: Precision of attention in the native library, if it is to be mentioned.
+        """
         return describe(self.names, self.library is not None, self.reason, precision)
 
 
 def read_file(content: bytes | str, model: Path, kernels: str) -> tuple[ModelProto, _CpuFile]:
-    """A file, and what will run its operators.
+    """Parse an ONNX file and choose the kernels for its operators.
 
     Args:
-        content: of the file, or a path. model: where it is from, for messages. kernels: one of `KERNEL_CHOICES`.
+        content: Content of the file, or a path to it.
+        model: Path of the file, for messages.
+        kernels: One of `KERNEL_CHOICES`.
+
+    Returns:
+        The parsed model, and the facts a session needs.
 
     Raises:
-        ArtifactError: it is not an ONNX file, or needs another file.
-        BackendError: the kernels cannot be had of this file, or not here; or it lacks inputs or outputs, or has one
-            that is not an array of numbers.
+        ArtifactError: The file is not an ONNX file, or refers to another file.
+        BackendError: The requested kernels do not support the file or are not available on this machine; or the model
+            lacks inputs or outputs, or has one that is not an array of numbers.
     """
     graph = read_model(content if isinstance(content, bytes) else Path(content).read_bytes(), model)
     weights = {tensor.name for tensor in graph.graph.initializer}
@@ -160,7 +206,7 @@ def read_file(content: bytes | str, model: Path, kernels: str) -> tuple[ModelPro
     try:
         inputs, outputs = ([tensor_spec(value) for value in side] for side in values)
         known = all(np.dtype(spec.dtype).kind in "fiub" for spec in (*inputs, *outputs))
-    except KeyError:  # A sequence, for one.
+    except KeyError:  # The value is no tensor, such as a sequence.
         known = False
     if not known:
         raise BackendError(f"{model} has an input or output that is not an array of numbers.", AGAIN)
@@ -174,19 +220,26 @@ def read_file(content: bytes | str, model: Path, kernels: str) -> tuple[ModelPro
 
 
 def holds_float16(model: ModelProto) -> bool:
-    """Whether any of a file's weights is float16."""
+    """Return True if any weight of a model is float16."""
     return any(tensor.data_type == _FLOAT16 for tensor in model.graph.initializer)
 
 
 def native_library(kernels: str, float16: bool = False) -> Path | None:
-    """The library to register for a choice of kernels (`KERNEL_CHOICES`); None for function bodies, by which a file of
-    float16 runs: the native kernels take none.
+    """Return the path of the native library to register for a choice of kernels.
+
+    Args:
+        kernels: One of `KERNEL_CHOICES`.
+        float16: True if the file has float16 weights, which the native kernels do not support.
+
+    Returns:
+        The library, or None if the function bodies in the file run the operators.
 
     Raises:
-        BackendError: "native" where it cannot be used, or the variable `SPARSIFINER_TARGET` names no instruction set.
+        BackendError: The native kernels were requested and cannot be used, or the environment variable
+            `SPARSIFINER_TARGET` names an instruction set that this machine lacks.
     """
     if float16 and kernels == "native":
-        raise BackendError("The native kernels take no float16.", _NO_NATIVE)
+        raise BackendError("The native kernels do not support float16.", _NO_NATIVE)
     if float16 or kernels == "portable":
         return None
     try:
@@ -194,5 +247,7 @@ def native_library(kernels: str, float16: bool = False) -> Path | None:
     except ValueError as error:
         raise BackendError(f"The native library cannot be used: {error}.", _UNSET) from error
     if reason and kernels == "native":
-        raise BackendError(f"The native library {reason}.", "Or leave --kernels native and --precision bf16 out.")
+        raise BackendError(
+            f"The native library {reason}.", "Or leave --kernels native and --compute-precision bf16 out."
+        )
     return None if reason else native.library_path()

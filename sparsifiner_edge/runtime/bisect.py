@@ -1,7 +1,8 @@
-"""`bisect_layers`: the layer at which an engine leaves the file that it is built from.
+"""Search for the layer at which an engine deviates from the file that it is built from (`bisect_layers`).
 
-The outputs of all layers are made outputs of a copy of the file. An engine of it and ONNX Runtime run the golden input.
-That engine is thrown away: other outputs may be other kernels.
+In a copy of the file, the outputs of all layers become outputs of the model. An engine built from the copy and ONNX
+Runtime both run the golden input, and their outputs are compared layer by layer. The engine is discarded afterwards,
+because the additional outputs may change which kernels TensorRT uses.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
-_FIX = "Build without --bisect; give it longer with --timeout."
+_FIX = "Build without --bisect, or raise --timeout."
+"""Advice for the case that the process of the comparison dies or hangs."""
 
 
 class LayerAgreement(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer's output in an engine beside ONNX Runtime's.
+    """Comparison of a layer's output in an engine with that of ONNX Runtime.
 
     Attributes:
-        layer: as its nodes are named, such as "blocks.3". error: greatest difference, over the output's range.
-        tolerance: of the bundle. cosine: mean of the rows'. beyond: whether the golden check would refuse it.
+        layer: Name of the layer as in its nodes, such as "blocks.3".
+        error: Maximum absolute difference, relative to the range of ONNX Runtime's output.
+        tolerance: Largest golden tolerance of the bundle.
+        cosine: Mean cosine of the rows of the output.
+        beyond: True if the golden check would reject the output.
     """
 
     layer: str
@@ -42,10 +47,20 @@ class LayerAgreement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bisect_layers(bundle: str | Path, backend: str, *, timeout_s: float = 1800.0) -> list[LayerAgreement]:
-    """Every layer of a bundle, in order, as an engine of function bodies for this machine's GPU computes it.
+    """Compare every layer of a bundle between an engine for this machine's GPU and ONNX Runtime.
+
+    The engine runs the operators of the domain `sparsifiner` as ONNX function bodies.
+
+    Args:
+        bundle: Folder of the bundle.
+        backend: "tensorrt" or "tensorrt-rtx".
+        timeout_s: Time limit in seconds for the build and the comparison.
+
+    Returns:
+        One comparison per layer, in the order of the model.
 
     Raises:
-        SparsifinerError: the engine cannot be built or run here.
+        SparsifinerError: The engine cannot be built or run on this machine.
     """
     with start_child(__name__, f"The builder of {backend}", _FIX) as child:
         folder = str(open_bundle(Path(bundle)).folder.resolve())
@@ -53,6 +68,7 @@ def bisect_layers(bundle: str | Path, backend: str, *, timeout_s: float = 1800.0
 
 
 def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
+    """Compare every layer of a bundle in this process, the child."""
     builder, bundle = find_backend(Execution(backend=backend)), open_bundle(Path(folder))
     if not isinstance(builder, TensorRtBackend):
         raise ConfigError(f"{backend} builds no engine.", "Choose --backend tensorrt or tensorrt-rtx.")
@@ -61,16 +77,17 @@ def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
     (engine,) = builder.engines_to_build(bundle, (), BatchRange(size, size, size))
     plan = bundle.manifest.plan
     if plan is not None and plan.token_keep:
-        raise ConfigError("Layers that prune tokens may each keep others.", "Bisect a student that prunes none.")
+        what = "The model prunes tokens, and the engine may keep other tokens than ONNX Runtime."
+        raise ConfigError(what, "Bisect a model that prunes no tokens.")
     if why := builder.why_not_here(engine):
-        raise BackendError(f"Its layers cannot be run: {why}", "Run it on the machine that the engine is for.")
+        raise BackendError(f"The engine cannot run here: {why}", "Bisect on the machine that the engine is for.")
     model, layers = bundle.model(), dict[str, str]()
     known = {value.name: value for value in model.graph.value_info}
     for node in model.graph.node:
         if (match := re.match(r"(?:[a-z_]+\.)*\d+(?=\.)", node.name)) and node.output[0] in known:
-            layers[match[0]] = node.output[0]  # The last of each.
+            layers[match[0]] = node.output[0]  # The last node of a layer overwrites the earlier ones.
     if not layers:
-        raise BackendError("The file's nodes name no layers.", "Export it again.")
+        raise BackendError("The names of the file's nodes contain no layers.", "Export the bundle again.")
     outputs = {output.name for output in model.graph.output}
     model.graph.output.extend(known[name] for name in dict.fromkeys(layers.values()) if name not in outputs)
     file = model.SerializeToString()

@@ -1,9 +1,9 @@
-"""`build_engine`: engines for a bundle, each built in a process of its own, checked, and put into the bundle whole.
+"""Build of engines for a bundle (`build_engine`).
 
-What carries out sparse attention in an engine is measured where it runs. Each variant is built and timed by a process
-of its own, with a time limit of its own: a parser or compiler of native code may abort or hang, and one that does
-leaves the others. The fastest that passes the golden check is kept; the others' times, or why they failed, are
-recorded.
+Sparse attention can run in an engine in several ways, the variants. Each variant is built and timed in a process of its
+own with a time limit of its own, because a native parser or compiler may abort or hang; a failure then affects one
+variant only. The fastest variant that passes the golden check is kept. The times of the others, or the reasons why they
+failed, are recorded. All engines are added to the bundle in one step.
 """
 
 from __future__ import annotations
@@ -38,15 +38,24 @@ from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 
 DEFAULT_BATCH = BatchRange(1, 1, 8)
-"""For a bundle of dynamic batch: a camera gives one image at a time."""
+"""Batch sizes of an engine for a bundle of dynamic batch, tuned for 1 because a camera gives one image at a time."""
 _FIX = (
-    "The bundle is as it was. If it took too long, give it longer with --timeout; if the system ran out of memory, "
-    "close other programs or build smaller; else report this with the model's name, or build with another version."
+    "The bundle is unchanged. If the build took too long, raise --timeout; if the system ran out of memory, close "
+    "other programs or build for a smaller batch; else report this with the model's name, or try another version."
 )
+"""Advice for the case that the process of a build dies or hangs."""
 
 
 class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What `build_engine` did. version: of the backend's package. engines: that were added. seconds: all of it took."""
+    """Result of `build_engine`.
+
+    Attributes:
+        bundle: Folder of the bundle.
+        backend: Name of the backend.
+        version: Version of the backend's package.
+        engines: Engines that were added to the bundle.
+        seconds: Total duration in seconds.
+    """
 
     bundle: str
     backend: str
@@ -65,24 +74,28 @@ def build_engine(
     kernels: str = "auto",
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Build engines for a bundle and put them into it.
+    """Build engines for a bundle and add them to it.
 
-    Where this machine has the GPU that an engine is for, sparse attention is built in every way that is possible, dense
-    attention is built beside it, and the fastest that gives the golden output is kept.
+    If this machine has the GPU that an engine is for, all possible variants of sparse attention and, for comparison,
+    dense attention are built and timed. The fastest variant that reproduces the golden output is kept.
 
     Args:
-        bundle: a folder made by `sparsifiner-edge export`.
-        backend: "tensorrt" or "tensorrt-rtx"; others run a bundle's model itself.
-        compute_capabilities: such as ("8.6", "8.9"), one engine each; none: this machine's GPU.
-        batch: least, best and greatest batch size, for a bundle of dynamic batch; None: `DEFAULT_BATCH`.
-        timeout_s: seconds that one variant of an engine may take; None: 600, on a Jetson 1800.
-        kernels: "auto" is the fastest of all, "native" the CUDA kernels of this project, "portable" the operators'
-            bodies.
-        progress: called with (stage, done, total).
+        bundle: Folder written by `sparsifiner-edge export`.
+        backend: "tensorrt" or "tensorrt-rtx"; other backends run the bundle's model directly.
+        compute_capabilities: Compute capabilities to build for, such as ("8.6", "8.9"), one engine each. If empty,
+            that of this machine's GPU.
+        batch: Minimum, optimal and maximum batch size, for a bundle of dynamic batch. None selects `DEFAULT_BATCH`.
+        timeout_s: Time limit in seconds for one variant of an engine. None selects 600, and 1800 on a Jetson.
+        kernels: "auto" for the fastest variant, "native" for this project's CUDA kernels, "portable" for the ONNX
+            function bodies of the operators.
+        progress: Callback that receives (stage, done, total).
+
+    Returns:
+        The engines that were added, and facts about the build.
 
     Raises:
-        GateError: the golden pair fails; nothing was written.
-        SparsifinerError: nothing was written, the bundle is as it was.
+        GateError: No variant reproduces the golden output. Nothing was written.
+        SparsifinerError: The build failed. Nothing was written, and the bundle is unchanged.
 
     Example:
         >>> result = build_engine("bundle", "tensorrt-rtx", compute_capabilities=["8.6"])
@@ -94,24 +107,28 @@ def build_engine(
     if not isinstance(builder, TensorRtBackend):
         raise ConfigError(
             f"{backend} builds no engine: it runs a bundle's model itself.",
-            "Choose --backend tensorrt or tensorrt-rtx. The golden pair is run by: sparsifiner-edge bundle verify",
+            "Choose --backend tensorrt or tensorrt-rtx. To run the golden pair: sparsifiner-edge bundle verify",
         )
     opened, version = open_bundle(Path(bundle)), str(builder.load().__version__)
     capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
     planned = builder.engines_to_build(opened, capabilities, batch_range(opened, batch))
     if timeout_s is None:
-        timeout_s = 600.0 if jetson_release() is None else 1800.0  # A Jetson's processor is a small one.
+        timeout_s = 600.0 if jetson_release() is None else 1800.0  # The CPU of a Jetson is slow.
     engines = _build_all(opened, planned, timeout_s, progress)
     seconds = time.monotonic() - start
     return BuildResult(bundle=str(opened.folder), backend=backend, version=version, engines=engines, seconds=seconds)
 
 
 def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRange:
-    """Batch sizes for the engines of a bundle.
+    """Return the batch sizes for the engines of a bundle.
+
+    Args:
+        bundle: Bundle to build engines for.
+        batch: Minimum, optimal and maximum batch size; None for the default.
 
     Raises:
-        ConfigError: the bundle's batch is fixed, or the sizes are not 1 <= least <= best <= greatest.
-        ArtifactError: the manifest does not say the input's shape.
+        ConfigError: The bundle has a fixed batch of another size, or not 1 <= minimum <= optimum <= maximum.
+        ArtifactError: The manifest does not state the shape of the input.
     """
     manifest = bundle.manifest
     if not manifest.inputs or not manifest.inputs[0].shape:
@@ -136,6 +153,7 @@ def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRang
 def _build_all(
     bundle: Bundle, planned: Sequence[Engine], timeout_s: float, progress: Progress | None
 ) -> tuple[Engine, ...]:
+    """Build all planned engines in a scratch folder, then add them to the bundle in one step."""
     engines: list[Engine] = []
     with bundle_scratch(bundle.folder) as scratch:
         files: dict[str, Path] = {}
@@ -144,7 +162,7 @@ def _build_all(
             place = scratch.resolve() / engine.name
             details = build_fastest(engine, bundle, place, timeout_s, progress and with_prefix(progress, prefix))
             path = _file(place, str(details.kernels))
-            # The hash in the name keeps an earlier engine of this kind whole until the manifest is replaced.
+            # The hash in the name leaves an earlier engine of the same name intact until the manifest is replaced.
             file = f"{ENGINE_FOLDER}/{engine.name}-{sha256(path)[:8]}.engine"
             engines.append(msgspec.structs.replace(engine, file=file, details=details))
             files[file] = path
@@ -153,22 +171,25 @@ def _build_all(
 
 
 def _file(place: Path, variant: str) -> Path:
+    """Return the path of the engine file of a variant."""
     return place.with_name(f"{place.name}.{variant}")
 
 
 def _require_same(manifest: Manifest, bundle: Bundle) -> None:
-    """Refuse a bundle whose model has changed meanwhile, by its manifest.
+    """Check that the bundle's model did not change since the build began.
 
     Raises:
-        ArtifactError: it does.
+        ArtifactError: The model on disk is not the one that the build began with.
     """
     if manifest.files.get(MODEL_FILE) != bundle.manifest.files[MODEL_FILE]:
-        raise ArtifactError(f"{bundle.folder} was exported anew while the engines were built.", "Build them again.")
+        raise ArtifactError(f"{bundle.folder} was exported again while the engines were built.", "Build them again.")
 
 
 def _with_engines(manifest: Manifest, engines: Sequence[Engine], bundle: Bundle) -> Manifest:
-    """A bundle's manifest with engines added; those of the same names go. It is intended for their backend, unless
-    they are for other machines and it is for something.
+    """Return the manifest with engines added and earlier engines of the same names removed.
+
+    The bundle becomes intended for the backend of the engines. Only if none of the engines runs on this machine does
+    an intended backend that is already set stay.
     """
     _require_same(manifest, bundle)
     names = {engine.name for engine in engines}
@@ -181,16 +202,20 @@ def _with_engines(manifest: Manifest, engines: Sequence[Engine], bundle: Bundle)
 
 
 def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float, progress: Progress | None) -> Details:
-    """Build every variant into a file beside `place`, and find the fastest that gives the golden output.
+    """Build every variant of an engine and keep the fastest one that reproduces the golden output.
 
     Args:
-        engine: as planned (`TensorRtBackend.engines_to_build`). timeout_s: seconds that each variant may take.
+        engine: Planned engine from `TensorRtBackend.engines_to_build`.
+        bundle: Bundle of the engine.
+        place: Path prefix of the engine files; each variant is written to a file next to it.
+        timeout_s: Time limit in seconds for each variant.
+        progress: Callback that receives (stage, done, total).
 
     Returns:
-        Details of the one that is kept; under `variants` all of them, failed ones too.
+        Details of the variant that is kept. Its `variants` hold all variants, including failed ones.
 
     Raises:
-        SparsifinerError: not one of them could be built, or not one gives the golden output; or the bundle changed.
+        SparsifinerError: No variant could be built, none reproduces the golden output, or the bundle changed.
     """
     tried = dict(engine.details.variants)
     names = [name for name, variant in tried.items() if variant.failed is None]
@@ -210,7 +235,7 @@ def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float,
     passed = [name for name in built if not isinstance(tried[name].golden, str)]
     if not passed:
         raise failures[0] if failures else GateError(str(tried[names[0]].golden), "Export it again.")
-    # Variants that were not run, since the GPU was lost meanwhile, come last.
+    # Variants without a time come last: they were not run, for example because the GPU was lost.
     best = min(passed, key=lambda name: math.inf if (ms := tried[name].compute_ms) is None else ms)
     with io_errors(place):
         for name in built.keys() - {best}:
@@ -219,7 +244,7 @@ def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float,
 
 
 def verdict(details: Details) -> list[str]:
-    """Lines that say what each variant took, and which was kept; none where there was no choice."""
+    """Return lines for users with the time of each variant and the one that was kept; none if there was one variant."""
     if len(details.variants) < 2:
         return []
     lines = []
@@ -229,22 +254,27 @@ def verdict(details: Details) -> list[str]:
         lines.append(f"{name}: {outcome}{refused}{f' ({variant.warning})' if variant.warning else ''}")
     ms = details.chosen.compute_ms
     others = [name for name, variant in details.variants.items() if (variant.compute_ms or math.inf) < (ms or 0.0)]
-    why = f"though {' and '.join(others)} took less" if others else "the fastest of those"
+    why = f"although {' and '.join(others)} took less time" if others else "the fastest of those"
     advice = "; for dense attention export with --keep 1" if DENSE in others else ""
-    advice = "; export the dense model in its place" if UNMERGED in others else advice
+    advice = "; export the dense model instead" if UNMERGED in others else advice
     return [*lines, f"kept: {details.kernels}, {'nothing was measured' if ms is None else why + advice}"]
 
 
 def build_variant(engine: Engine, folder: Path, output: Path, timeout_s: float) -> Details:
-    """Build one variant in a fresh process, which is killed when this returns or raises.
+    """Build one variant in a child process, which is killed at the end.
 
     Args:
-        engine, folder, output: see `TensorRtBackend.build`; the paths are absolute.
-        timeout_s: seconds after which the builder counts as hung.
+        engine: Engine to build; `details.kernels` names the variant.
+        folder: Absolute path of the bundle.
+        output: Absolute path of the engine file to write.
+        timeout_s: Seconds after which the child counts as hung.
+
+    Returns:
+        Details of the engine, from `TensorRtBackend.build`.
 
     Raises:
-        SparsifinerError: what the backend's `build` raised.
-        BackendError: the process died, was killed, or took too long; the end of its log is in the message.
+        SparsifinerError: The backend's `build` raised this error.
+        BackendError: The child died, was killed, or exceeded the timeout; the message quotes the end of its log.
     """
     with start_child(__name__, f"The builder of {engine.backend}", _FIX) as child:
         arguments = {"engine": write_record(engine), "folder": str(folder), "output": str(output)}
@@ -252,7 +282,7 @@ def build_variant(engine: Engine, folder: Path, output: Path, timeout_s: float) 
 
 
 def _build(engine: object, folder: str, output: str) -> Details:
-    """Build one variant in this process."""
+    """Build one variant in this process, the child."""
     read = read_record(engine, Engine, "The engine", "Report this.")
     backend = find_backend(Execution(backend=read.backend))
     assert isinstance(backend, TensorRtBackend)

@@ -1,8 +1,9 @@
-"""CUDA as far as running an engine needs it, on the first device, by cuda-python, or where that is not installed by
-pycuda; what the driver takes.
+"""CUDA functions for running engines on the first device, and the CUDA versions that the driver supports.
 
-No object of TensorRT may exist before a `Driver` does, or `probe` has succeeded: without NVIDIA's driver TensorRT's own
-objects come up all the same and end the process when they are used.
+The functions come from cuda-python, or from pycuda if cuda-python is not installed.
+
+Create a `Driver`, or call `probe`, before any object of TensorRT. Without NVIDIA's driver, TensorRT's objects can be
+created all the same, but they end the process when they are used.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from sparsifiner_edge.runtime.pycuda import PyCuda
 from sparsifiner_edge.text import one_line
 
 OLDEST_CUDA = "12.6"
-"""The oldest release of cuda-python, and of CUDA on a Jetson, that is supported."""
+"""Oldest supported release of cuda-python, and of CUDA on a Jetson."""
 
 
 class CudaDevice(msgspec.Struct, frozen=True):
-    """CUDA's first device; `CUDA_VISIBLE_DEVICES` says which one that is.
+    """First CUDA device. `CUDA_VISIBLE_DEVICES` selects which one that is.
 
     Attributes:
-        name: such as "NVIDIA L4" or "Orin". compute_capability: such as "8.7".
-        integrated: it shares the processor's memory, as on a Jetson.
-        driver_version: the newest CUDA that the driver supports, such as "12.6".
+        name: Name of the GPU, such as "NVIDIA L4" or "Orin".
+        compute_capability: Compute capability, such as "8.7".
+        integrated: True if the device shares the CPU's memory, as on a Jetson.
+        driver_version: Newest CUDA version that the driver supports, such as "12.6".
     """
 
     name: str
@@ -48,23 +50,25 @@ class CudaDevice(msgspec.Struct, frozen=True):
 
 
 class Driver:
-    """What running an engine needs of CUDA, on one device. Methods raise BackendError with CUDA's name of the error.
+    """CUDA functions for running an engine, on one device. If CUDA fails, methods raise BackendError with its error.
 
     Attributes:
-        runtime: CUDA's functions and constants: the module `cuda.bindings.runtime`, or what stands in its place.
-        package: such as "cuda-python 13.4.4". device: the device that everything lives on.
+        runtime: Functions and constants of the CUDA runtime: the module `cuda.bindings.runtime` or its replacement
+            `pycuda.PyCuda`.
+        package: Package that provides them, such as "cuda-python 13.4.4".
+        device: Device on which all resources live.
 
     Raises:
-        MissingExtraError: neither package is installed.
-        BackendError: no driver, one too old, no device, or CUDA fails; says which.
+        MissingExtraError: Neither cuda-python nor pycuda is installed.
+        BackendError: There is no driver or no device, the driver is too old, or CUDA fails.
     """
 
     def __init__(self) -> None:
         self.runtime, self.package, release = _package()
-        reason = "CUDA gives 0 as its version"
+        reason = "CUDA reports version 0"
         try:
             version = int(self.call("to read the driver's version", "cudaDriverGetVersion"))
-        except RuntimeError as error:  # cuda-python up to 12.8 and from its path finder on: no libcuda.so.
+        except RuntimeError as error:  # No libcuda.so: cuda-python up to 12.8, and again since it has a path finder.
             version, reason = 0, one_line(error, 200)
         if version == 0:
             raise BackendError(f"No NVIDIA driver ({self.package}: {reason}).", _FIXES["InsufficientDriver"])
@@ -79,7 +83,19 @@ class Driver:
         self.device = CudaDevice(str(name).strip("\0 "), capability, bool(properties.integrated), version_text(version))
 
     def call(self, action: str, function: str, *arguments: Any) -> Any:
-        """Call a CUDA function; returns its values without the status. `action`: such as "to free memory"."""
+        """Call a function of the CUDA runtime.
+
+        Args:
+            action: Purpose of the call for messages, such as "to free memory".
+            function: Name of the function.
+            arguments: Arguments of the function.
+
+        Returns:
+            The result without the status; a tuple unless there is exactly one.
+
+        Raises:
+            BackendError: The function failed.
+        """
         status, *values = getattr(self.runtime, function)(*arguments)
         if int(status) != 0:
             meaning = self.runtime.cudaGetErrorString(status)[1]
@@ -90,22 +106,42 @@ class Driver:
         return values[0] if len(values) == 1 else tuple(values)
 
     def take(self, stack: ExitStack, what: str, function: str, *arguments: Any, free: str) -> int:
-        """Address or handle of `what`, such as "an event", which the function `free` gives back when `stack` closes."""
+        """Create a resource and register the function that frees it.
+
+        Args:
+            stack: Frees the resource when it closes.
+            what: Name of the resource for messages, such as "an event".
+            function: CUDA function that creates the resource.
+            arguments: Arguments of that function.
+            free: CUDA function that frees the resource.
+
+        Returns:
+            The address or handle of the resource.
+        """
         handle = int(self.call(f"to make {what}", function, *arguments))
         stack.callback(self.call, f"to free {what}", free, handle)
         return handle
 
     def use(self) -> None:
-        """Make the device the calling thread's own; call it before anything else there."""
-        self.call("to take the device", "cudaSetDevice", 0)
+        """Select the device in the calling thread; each thread must call this first."""
+        self.call("to select the device", "cudaSetDevice", 0)
 
     def free_bytes(self) -> int:
-        """Device memory that is free now."""
+        """Return the free device memory in bytes."""
         return int(self.call("to read free memory", "cudaMemGetInfo")[0])
 
     def pin(self, size: int, stack: ExitStack) -> tuple[Array, int]:
-        """Page-locked bytes of the processor, and a device address: on an integrated device of the same bytes, else
-        of as many of its own, which they are copied to.
+        """Allocate page-locked host memory and the device memory that belongs to it.
+
+        An integrated device accesses the host memory itself. On any other device a separate buffer of the same size is
+        allocated, and the caller copies between the two.
+
+        Args:
+            size: Size in bytes.
+            stack: Frees the memory when it closes.
+
+        Returns:
+            The host memory as an array of bytes, and the device address.
         """
         flags = self.runtime.cudaHostAllocMapped
         place = self.take(stack, f"{size} pinned bytes", "cudaHostAlloc", size, flags, free="cudaFreeHost")
@@ -115,8 +151,17 @@ class Driver:
         return host, self.take(stack, f"{size} bytes of the device", "cudaMalloc", size, free="cudaFree")
 
     def capture(self, stream: int, compute: Callable[[], None], stack: ExitStack) -> Callable[[], None]:
-        """Record what `compute` puts into the stream; returns what launches the recording, a CUDA graph, there."""
-        # Other threads may allocate meanwhile: only this thread's calls are watched.
+        """Record work on a stream as a CUDA graph.
+
+        Args:
+            stream: Handle of the stream.
+            compute: Puts the work into the stream.
+            stack: Frees the graph when it closes.
+
+        Returns:
+            A function that launches the graph on the stream.
+        """
+        # In this mode other threads may allocate memory meanwhile: only the calls of this thread are restricted.
         mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("to begin a graph", "cudaStreamBeginCapture", stream, mode)
         try:
@@ -135,7 +180,12 @@ class Driver:
 
 
 def _package() -> tuple[Any, str, str]:
-    """CUDA's functions, the package that gives them, and the release of it that has a CUDA of its own."""
+    """Import the CUDA functions from cuda-python or pycuda.
+
+    Returns:
+        The functions, the name and version of the package, and the release of cuda-python ("" for pycuda, whose version
+        does not determine a version of CUDA).
+    """
     extra, fix = "gpu" if jetson_release() is None else "jetson", "Reinstall cuda-python."
     try:
         release = str(getattr(import_package("cuda.bindings", "cuda-python", extra, fix), "__version__", ""))
@@ -151,32 +201,42 @@ def _package() -> tuple[Any, str, str]:
 
 
 _by_pycuda = functools.cache(PyCuda)
-"""One for a process: its context lives as long."""
+"""`PyCuda`, cached because its context lives as long as the process."""
 
 
 def probe() -> CudaDevice:
-    """The CUDA device, after CUDA itself has answered.
+    """Return the CUDA device after a check that CUDA works.
 
     Raises:
-        MissingExtraError, BackendError: see `Driver`.
+        MissingExtraError: Neither cuda-python nor pycuda is installed.
+        BackendError: CUDA cannot be used; see `Driver`.
     """
     return Driver().device
 
 
 def version_text(number: int) -> str:
-    """CUDA's 12060 -> "12.6"."""
+    """Convert CUDA's version number to text, such as 12060 to "12.6"."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def major(version: str) -> int:
-    """The first number of a version, such as 12 of "12.9.10"; 0 where there is none."""
+    """Return the major version, such as 12 for "12.9.10", or 0 if the text does not begin with a number."""
     match = re.match(r"\d+", version)
     return int(match[0]) if match else 0
 
 
 def too_new(version: str, driver: str) -> tuple[str, str] | None:
-    """What is wrong with a release of cuda-python for a driver that takes CUDA up to `driver`, and what to do; None
-    where it fits: one of its own major version, or newer. Else CUDA says no more than cudaErrorInsufficientDriver.
+    """Check whether a release of cuda-python is too new for the driver.
+
+    It fits if its major version is at most that of the driver. Otherwise CUDA would fail with nothing but
+    cudaErrorInsufficientDriver.
+
+    Args:
+        version: Release of cuda-python.
+        driver: Newest CUDA version that the driver supports.
+
+    Returns:
+        None if the release fits; otherwise the problem and the advice.
     """
     if major(version) <= major(driver):
         return None
@@ -187,6 +247,7 @@ def too_new(version: str, driver: str) -> tuple[str, str] | None:
 
 
 _DRIVER = "Install or update NVIDIA's driver (a Jetson's comes with JetPack); `sparsifiner-edge doctor` says what fits."
+"""Advice for a driver that is missing or too old."""
 _FIXES = {
     "InsufficientDriver": _DRIVER,
     "SystemDriverMismatch|StubLibrary": _DRIVER,
@@ -194,22 +255,22 @@ _FIXES = {
     "MemoryAllocation": "The device is out of memory: end other programs on it, or take a smaller batch or image.",
     "IllegalAddress|LaunchFail|LaunchTimeout|ECCUncorrectable|HardwareStack|ContextIsDestroyed|Assert|Misaligned|"
     "InvalidPc|IllegalInstruction|DeviceUnavailable|Unknown": (
-        "The device is lost to this process: start it again; if it happens again, build the engine again."
+        "This process lost the device. Restart the process; if it happens again, build the engine again."
     ),
-    "": "Start again; if it stays, report it with the output of `sparsifiner-edge doctor`.",
+    "": "Restart the process. If the error persists, report it with the output of `sparsifiner-edge doctor`.",
 }
-"""What to do, by a part of the error's name; the first that is found counts."""
+"""Advice by a regular expression for the error's name. The first match counts; the last entry matches every name."""
 _LEAST_JETSON = 36
-"""Major release of Jetson Linux in JetPack 6, the first with CUDA 12."""
+"""Major release of Jetson Linux in JetPack 6, the oldest JetPack with CUDA 12."""
 
 
 class CudaSupport(msgspec.Struct, frozen=True):
-    """What NVIDIA's driver takes.
+    """CUDA support of a machine's driver.
 
     Attributes:
-        driver: the newest CUDA that it supports, such as "12.6".
-        jetson: the release of Jetson Linux, such as "36.4.3"; None on another machine.
-        install: what to install for it, or what must come first.
+        driver: Newest CUDA version that the driver supports, such as "12.6".
+        jetson: Release of Jetson Linux, such as "36.4.3"; None if the machine is not a Jetson.
+        install: Packages to install for this driver, or the required first step.
     """
 
     driver: Known[str]
@@ -218,7 +279,7 @@ class CudaSupport(msgspec.Struct, frozen=True):
 
 
 def cuda_support() -> CudaSupport:
-    """What this machine's driver takes. A Jetson has no `nvidia-smi` that would say so."""
+    """Return the CUDA support of this machine's driver. On a Jetson there is no `nvidia-smi` that reports it."""
     driver, jetson = driver_version(), jetson_release()
     if jetson and major(jetson) < _LEAST_JETSON:
         install = f"Jetson Linux {jetson} is older than JetPack 6: upgrade it"
@@ -235,12 +296,12 @@ def cuda_support() -> CudaSupport:
 
 
 def driver_version() -> Known[str]:
-    """The newest CUDA that the driver supports, as the driver's own library says."""
+    """Return the newest CUDA version that the driver supports, as its own library reports it."""
     number = ctypes.c_int()
     try:
         status = int(ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)))
     except (OSError, AttributeError) as error:
         return Unavailable(f"no NVIDIA driver: {error}")
     if status:
-        return Unavailable(f"NVIDIA's driver does not say its version: CUDA error {status}")
+        return Unavailable(f"NVIDIA's driver did not report its version: CUDA error {status}")
     return version_text(number.value)

@@ -1,4 +1,7 @@
-"""The golden check: a bundle carries one input and its output; a session must give that output."""
+"""Golden check: a bundle carries a golden pair (inputs and outputs), and a session must reproduce these outputs.
+
+A bundle with a stream also carries a golden sequence of frames, which is checked in the same way.
+"""
 
 from __future__ import annotations
 
@@ -21,31 +24,40 @@ from sparsifiner_edge.runtime.stream import REFERENCES, TOKENS, Infer, StreamSha
 from sparsifiner_edge.text import one_line
 
 SEQUENCE_TOLERANCE = 1e-3
-"""Greatest difference of a stream's outputs from golden ones, of their range, in float32: nothing is selected there."""
+"""Tolerance of a stream's outputs in float32: maximum absolute difference, relative to the output's range.
+
+Streaming inference selects no keys, so rounding cannot change a selection and the differences stay small.
+"""
 _LEAST_MEAN = 0.99
-"""Mean cosine of the rows of an output where some tokens that merge are others."""
+"""Minimum mean cosine of an output's rows if other tokens merged than in the golden output."""
 LEAST_DENSE_COSINE = 0.97
-"""Mean cosine of the rows of an output that dense attention gives in the place of sparse."""
+"""Minimum mean cosine of an output's rows between dense attention and the golden output of sparse attention.
+
+The two compute different functions, so the outputs are only required to be similar.
+"""
 _MOST_BYTES = 1 << 31
-"""Of the golden pair, packed or not."""
+"""Maximum size of `golden.npz` in bytes, compressed or uncompressed (2 GiB); it bounds the memory that is used."""
 Pair = tuple[dict[str, Array], dict[str, Array]]
+"""Golden inputs and golden outputs, each by name."""
 
 
 def check_golden(session: Session, bundle: Bundle) -> dict[str, dict[str, float]]:
-    """Run the bundle's golden input and compare every golden output.
+    """Run the bundle's golden inputs and compare every output with the golden output.
 
     Args:
-        session: open on the bundle, or on an engine made of it.
+        session: Session on the bundle, or on an engine built from it.
+        bundle: Bundle with the golden pair.
 
     Returns:
-        Per output, of the last run: `range_relative_error` (the greatest difference over the output's range: its
-        maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed); where a bundle merges
-        tokens and some of them are others, `share_beyond`, of the elements beyond tolerance; of dense attention
-        `mean_cosine`.
+        Figures of the last run by output. `range_relative_error` is the maximum absolute difference divided by the
+        range (maximum minus minimum) of the golden output; `tolerance` is the largest value allowed. `share_beyond`,
+        the share of elements beyond the tolerance, is present if other tokens merged than in the golden output.
+        `mean_cosine` is present if the session computes dense attention in place of sparse attention.
 
     Raises:
         ArtifactError: `golden.npz` or a tolerance is missing or corrupt.
-        GateError: an output is missing, has another shape, or differs beyond its tolerance; the worst element is named.
+        GateError: An output is missing, has the wrong shape, or differs by more than its tolerance; the message names
+            the worst element.
     """
     inputs, expected = _repeat(read_golden(bundle), session.least_batch)
     report: dict[str, dict[str, float]] = {}
@@ -55,10 +67,14 @@ def check_golden(session: Session, bundle: Bundle) -> dict[str, dict[str, float]
 
 
 def check_sequence(bundle: Bundle, backend: Backend) -> str:
-    """Run a bundle's golden sequence of frames as a stream; what was found, for people: "" where it has none.
+    """Run a bundle's golden sequence of frames as a stream and compare the outputs of every frame.
+
+    Returns:
+        A summary for users; "" if the bundle has no stream.
 
     Raises:
-        ArtifactError, GateError: see `check_golden`, of any frame.
+        ArtifactError: The golden sequence is missing or malformed.
+        GateError: An output of a frame differs by more than the tolerance.
     """
     files, worst = bundle.manifest.stream, 0.0
     if files is None:
@@ -79,32 +95,33 @@ def check_sequence(bundle: Bundle, backend: Backend) -> str:
 def _sequence(
     bundle: Bundle, inputs: dict[str, Array], expected: dict[str, Array], shape: StreamShape
 ) -> tuple[Array, Array]:
-    """Images and patches of a golden sequence.
+    """Return the frames and the recomputed patches of a golden sequence, as `play` takes them.
 
     Raises:
-        ArtifactError: they are none.
+        ArtifactError: The arrays are not a valid sequence.
     """
     images, patches = inputs.get("image", np.empty(0)), inputs.get("patches", np.empty(0))
     fits = images.ndim == 5 and patches.dtype.kind == "i" and patches.ndim == 2 and len(patches) == len(images) - 1
     fits = fits and bool((np.diff(patches) > 0).all()) and patches.min() >= 0 and patches.max() < shape.patches
     if not fits or any(len(values) != len(images) for values in expected.values()):
-        raise ArtifactError(f"{bundle.folder} has a golden sequence that is none.", AGAIN)
+        raise ArtifactError(f"The golden sequence of {bundle.folder} is malformed.", AGAIN)
     return images, patches
 
 
 def _check_outputs(
     outputs: dict[str, Array], expected: dict[str, Array], session: Session, bundle: Bundle
 ) -> dict[str, dict[str, float]]:
-    """See `check_golden`, of one run."""
+    """Compare the outputs of one run; see `check_golden`."""
     for name, wanted in expected.items():
         if name not in outputs or outputs[name].shape != wanted.shape:
             shape = f"has shape {outputs[name].shape}" if name in outputs else f"is missing from {', '.join(outputs)}"
-            raise GateError(f"Output {name!r} {shape}; golden is {wanted.shape}.", AGAIN)
+            raise GateError(f"Output {name!r} {shape}; the golden output has shape {wanted.shape}.", AGAIN)
     if POSITIONS in expected:
         outputs, missing = align(outputs, expected)
         total = expected.pop(POSITIONS).size
         if missing > OTHER_TOKENS * total:
-            raise GateError(f"{missing} of {total} tokens that golden keeps are pruned.", _distrust(session))
+            what = f"{missing} of the {total} tokens kept in the golden output were pruned."
+            raise GateError(what, _distrust(session))
     merges = bundle.manifest.plan is not None and any(bundle.manifest.plan.merge)
     report = {}
     for name, wanted in expected.items():
@@ -115,8 +132,19 @@ def _check_outputs(
 
 
 def play(shape: StreamShape, embed: Infer, step: Infer, images: Array, patches: Array) -> Iterator[dict[str, Array]]:
-    """The outputs of each frame of a golden sequence, [F,1,H,W,3]: the first is computed whole, of the others these
-    patches, [F-1,n].
+    """Run a golden sequence and yield the outputs of each frame.
+
+    The first frame is a full frame. Each later frame is an incremental update of its row of `patches`.
+
+    Args:
+        shape: Sizes of the stream's state.
+        embed: Runs the embedding file.
+        step: Runs the step file.
+        images: Frames, uint8 [F,1,H,W,3].
+        patches: Ascending patch indices to recompute in all frames but the first, [F-1,n].
+
+    Yields:
+        The outputs of a frame by name.
     """
     state = StreamState(shape)
     for number, image in enumerate(images):
@@ -125,15 +153,22 @@ def play(shape: StreamShape, embed: Infer, step: Infer, images: Array, patches: 
 
 
 def read_golden(bundle: Bundle, name: str = GOLDEN_FILE) -> Pair:
-    """Golden inputs and outputs of a bundle, by the model's names: arrays of numbers, none of them empty.
+    """Read the golden inputs and outputs of a bundle.
+
+    Args:
+        bundle: Bundle to read from.
+        name: Path of the archive within the bundle.
+
+    Returns:
+        Nonempty numeric arrays by the model's names: inputs and outputs.
 
     Raises:
-        ArtifactError: missing, altered, too large once unpacked, or no archive of arrays.
+        ArtifactError: The file is missing, altered, too large when uncompressed, or not an archive of such arrays.
     """
     path, content = bundle.folder / name, bundle.read(name, _MOST_BYTES)
     try:
         arrays = _unpack(content)
-    # An archive is read by zipfile, zlib and NumPy's own parser, which evaluates a header: each has errors of its own.
+    # zipfile, zlib and NumPy's header parser each raise exceptions of their own.
     except Exception as error:
         raise ArtifactError(f"{path} cannot be read: {one_line(error, 200)}.", AGAIN) from error
     wrong = [key for key, value in arrays.items() if value.dtype.kind not in "fiub" or not value.size or not value.ndim]
@@ -148,20 +183,22 @@ def read_golden(bundle: Bundle, name: str = GOLDEN_FILE) -> Pair:
         for side in ("input.", "output.")
     )
     if not inputs or not outputs:
-        raise ArtifactError(f"{path} holds no golden input or no output.", AGAIN)
+        raise ArtifactError(f"{path} holds no golden inputs or no golden outputs.", AGAIN)
     return inputs, outputs
 
 
 def _unpack(content: bytes) -> dict[str, Array]:
+    """Return the arrays of an npz archive, within the limit of `_MOST_BYTES`."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
-    if size > _MOST_BYTES:  # Some bytes may unpack to more than memory holds.
+    if size > _MOST_BYTES:  # A small archive may expand to more than the memory holds.
         raise ValueError(f"it unpacks to {size} bytes")
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         return {key: np.asarray(file[key]) for key in file.files}
 
 
 def _repeat(pair: Pair, least: int) -> Pair:
+    """Repeat a golden pair along the batch axis until the batch has at least `least` images."""
     times = max(1, math.ceil(least / min(map(len, pair[0].values()))))
     inputs, outputs = ({k: np.concatenate([v] * times) for k, v in arrays.items()} for arrays in pair)
     return inputs, outputs
@@ -170,15 +207,28 @@ def _repeat(pair: Pair, least: int) -> Pair:
 def _compare(
     name: str, got: Array, wanted: Array, tolerance: float, beyond: float, session: Session
 ) -> dict[str, float]:
-    """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens as close, either may merge."""
+    """Compare one output with the golden output and return its figures; see `check_golden`.
+
+    Args:
+        name: Name of the output.
+        got: Output of the session.
+        wanted: Golden output.
+        tolerance: Maximum difference, relative to the range of `wanted`.
+        beyond: Share of elements that may exceed the tolerance. It is above 0 in models that merge tokens, since
+            either of two equally similar tokens may merge.
+        session: Session that computed the output.
+
+    Raises:
+        GateError: The output differs too much.
+    """
     result = agreement(name, got, wanted, tolerance)
     figures = {"range_relative_error": result.error, "tolerance": tolerance}
     if session.in_place_of_sparse:
-        if not result.mean >= LEAST_DENSE_COSINE:  # Written so that NaN fails.
+        if not result.mean >= LEAST_DENSE_COSINE:  # `not <=` also catches NaN.
             raise GateError(
-                f"Output {name!r} of dense attention has mean cosine {result.mean:.4f} to golden, which is of the "
-                f"student; allowed {LEAST_DENSE_COSINE}.",
-                "For dense attention export with --keep 1, or the dense model in its place.",
+                f"Output {name!r} of dense attention has mean cosine {result.mean:.4f} to the golden output of the "
+                f"sparse model; the minimum is {LEAST_DENSE_COSINE}.",
+                "For dense attention export with --keep 1, or export the dense model.",
             )
         return figures | {"mean_cosine": result.mean}
     if is_beyond(result, tolerance, beyond):
@@ -191,19 +241,28 @@ def _compare(
 
 
 def is_beyond(result: Agreement, tolerance: float, share: float) -> bool:
-    """Whether an output is another than golden; share: of its elements, what may lie beyond the tolerance."""
+    """Return True if an output differs too much from its reference.
+
+    Args:
+        result: Comparison of the output with the reference.
+        tolerance: Maximum difference, relative to the range of the reference.
+        share: Share of elements that may exceed the tolerance, if the mean cosine is high enough.
+    """
     return result.error > tolerance and not (result.beyond <= share and result.mean >= _LEAST_MEAN)
 
 
 def _distrust(session: Session) -> str:
+    """Return the advice for a session whose outputs are wrong."""
     return f"Do not trust {session.backend} with this bundle on this machine; export it again or report it."
 
 
 def beyond_text(figures: dict[str, float]) -> str:
-    """What of an output lies beyond its tolerance, which a bundle that merges may have: " (.3 % ...)" or ""; of dense
-    attention its cosine.
+    """Return a note, for users, on an output that passed although it exceeds its tolerance; "" for other outputs.
+
+    Args:
+        figures: Figures of one output, from `check_golden`.
     """
     if "mean_cosine" in figures:
         return f" (dense attention: cosine {figures['mean_cosine']:.4f})"
     share = figures.get("share_beyond", 0.0)
-    return f" ({share:.2%} of it beyond: other tokens merged)" if share else ""
+    return f" ({share:.2%} of the elements beyond: other tokens merged)" if share else ""

@@ -1,7 +1,7 @@
-"""CUDA's runtime API, as far as `Driver` calls it, by pycuda's objects.
+"""CUDA runtime API on top of pycuda, limited to the functions that `cuda.Driver` calls.
 
-They live on the primary context, which TensorRT uses too, in one thread. pycuda has no CUDA graphs: runs are launched
-plainly.
+All objects live on the primary context, which TensorRT uses too, and in one thread. pycuda does not support CUDA
+graphs, so every run is launched directly.
 """
 
 from __future__ import annotations
@@ -27,11 +27,19 @@ _NAMES = {
     "misaligned": "MisalignedAddress",
     "driver combination": "SystemDriverMismatch",
 }
-"""Of the runtime API, by words that pycuda has for them; other errors say what they are in its words."""
+"""Words in an error message of pycuda -> the runtime API's name of that error, without "cudaError".
+
+Other errors have no name and are reported by their message alone.
+"""
 
 
 class _Failure(int):
-    """A status that is not 0. name: as the runtime API has it. text: pycuda's own words."""
+    """Nonzero status of a failed call.
+
+    Attributes:
+        name: Name of the error in the runtime API; "cudaError" alone if it is not in `_NAMES`.
+        text: Error message of pycuda.
+    """
 
     name: str
     text: str
@@ -44,11 +52,13 @@ class _Failure(int):
 
 
 class PyCuda:
-    """In the place of `cuda.bindings.runtime`: functions give a status and what they made; what pycuda would free with
-    its last reference is kept here, by handle.
+    """Replacement for the module `cuda.bindings.runtime` that calls pycuda.
+
+    As in that module, each function returns a tuple of its status and its results. pycuda frees a resource with the
+    last reference to its object, so the objects are kept here, by handle, until they are freed.
 
     Args:
-        driver: the module `pycuda.driver`.
+        driver: Module `pycuda.driver`.
     """
 
     cudaHostAllocMapped, cudaStreamNonBlocking = 2, 1  # noqa: N815 - CUDA's names
@@ -95,7 +105,7 @@ class PyCuda:
         }
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
-        """A function of the runtime API."""
+        """Return the function of the runtime API with this name."""
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             if name not in self._functions:
@@ -110,11 +120,15 @@ class PyCuda:
 
     @staticmethod
     def cudaGetErrorString(status: _Failure) -> tuple[int, bytes]:  # noqa: N802 - CUDA's name
-        """pycuda's words."""
+        """Return the error message of pycuda for a status."""
         return 0, status.text.encode()
 
     def _take(self, device: int) -> None:
-        """The context of a device, made current in the thread that asks first until the process ends."""
+        """Make the primary context of a device current in the first thread that calls this, until the process ends.
+
+        Raises:
+            pycuda.driver.Error: Another thread has called this before.
+        """
         if not self._thread:
             context = self._d.Device(device).retain_primary_context()
             context.push()
@@ -122,10 +136,11 @@ class PyCuda:
             self._thread = threading.get_ident()
         elif self._thread != threading.get_ident():
             raise self._d.Error(
-                "pycuda works in the thread alone that opened it, of a process: use CUDA there, or install cuda-python"
+                "pycuda works only in the thread that used it first: call CUDA from that thread, or install cuda-python"
             )
 
     def _properties(self, device: int) -> Any:
+        """Return name, compute capability and memory type of a device, as `cudaGetDeviceProperties` does."""
         gpu = self._d.Device(device)
         major, minor = gpu.compute_capability()
         integrated = gpu.get_attribute(self._d.device_attribute.INTEGRATED)

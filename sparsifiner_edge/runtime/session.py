@@ -1,4 +1,4 @@
-"""What every backend offers, and the one check of inputs that all of them share."""
+"""Session interface that all backends implement, with the input and output checks that they share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec, shape_text
 from sparsifiner_edge.errors import BackendError, SlowKernelsWarning
-from sparsifiner_edge.ops.kernels import LACKING
+from sparsifiner_edge.ops.kernels import FROM_PYTHON, LACKING, REBUILD
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import one_line
 
@@ -26,19 +26,25 @@ if TYPE_CHECKING:
 
 Self = TypeVar("Self", bound="Session")
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
-"""Axes of the outputs that have a meaning by name."""
+"""Number of axes that an output with one of these names must have, because its name defines its meaning."""
 
 
 class Runtime(msgspec.Struct, frozen=True, kw_only=True):
-    """What really ran a model: a backend, which says all that it has, or torch.
+    """Description of the software and hardware that run a model. Attributes a runtime cannot report are None.
 
     Attributes:
-        chosen: why this backend and precision, where the caller left them to the bundle, and it says something.
-        precision: of the model. threads: inside one operator.
-        provider: ONNX Runtime's word; "TensorRT" or "TensorRT-RTX" of an engine. device: for people.
-        kernels: "native, <instruction set>", "function bodies", "none (standard operators)", or an engine's.
-        cuda: package and driver of an engine. why_no_graph: why its runs are not recorded, which may be known from the
-            second one on; None: they are.
+        backend: Name of the backend, or of PyTorch.
+        precision: Weight and compute precision of the model, for users.
+        threads: Number of threads inside one operator.
+        version: Version of the backend's package.
+        provider: Execution provider of ONNX Runtime, or "CPU" (OpenVINO), "TensorRT" or "TensorRT-RTX".
+        device: Device that runs the model, for users.
+        kernels: Kernels of the `sparsifiner` operators: "native, <instruction set>", "function bodies",
+            "none (standard operators)", or the variant of an engine.
+        cuda: Python package for CUDA and the driver that run an engine.
+        why_no_graph: Reason why runs of an engine are not recorded as CUDA graphs, known from the second run on at the
+            latest. None if they are recorded.
+        chosen: Reason for this backend and precision, if the bundle decided them and the reason is worth reporting.
     """
 
     backend: str | Unavailable
@@ -54,18 +60,22 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Session(abc.ABC):
-    """A bundle, loaded and ready to run. A context manager: leaving the block closes it.
+    """A loaded model that is ready to run. As a context manager, it is closed at the end of the block.
 
     Attributes:
-        backend: its name, as given to `open_session`. model: its file, for messages.
-        inputs, outputs: every one, in the model's order.
-        description: what really runs.
-        load_ms: milliseconds that the backend took to make the session; hashing and reading the manifest excluded.
-        least_tolerance, least_batch, golden_runs, in_place_of_sparse: for the golden check: a tolerance that
-            counts if it is the larger one, for computing in fewer bits than the file holds; the batch to repeat the
-            input to, where smaller ones are refused; runs that must agree, where later ones work otherwise than the
-            first; whether attention is dense in the place of sparse, so that the mean cosine of rows counts.
-        opened_as: what it is on, where that is a bundle.
+        backend: Name of the backend, as passed to `open_session`.
+        model: Path of the model file, for messages.
+        inputs: All inputs, in the order of the model.
+        outputs: All outputs, in the order of the model.
+        load_ms: Milliseconds that the backend took to create the session, without hashing and reading the manifest.
+        least_tolerance: Minimum tolerance of the golden check. It is above 0 if the backend computes in fewer bits
+            than the file holds.
+        least_batch: Smallest batch size that the session accepts. The golden check repeats its input up to it.
+        golden_runs: Number of runs in the golden check, if later runs work differently from the first.
+        in_place_of_sparse: True if the session computes dense attention in place of sparse attention. The golden check
+            then compares mean cosines of rows.
+        description: Software and hardware that run the model.
+        opened_as: Bundle and backend of the session; None if it was opened on a file.
     """
 
     backend: str
@@ -81,10 +91,13 @@ class Session(abc.ABC):
     _streaming: StreamSessions | None = None
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
-        """Check names, types, ranks, sizes, and that axes of one name have one size.
+        """Check names, types, ranks and sizes of inputs, and that axes of the same name have the same size.
+
+        Args:
+            inputs: Arrays by input name.
 
         Raises:
-            BackendError: names the input, what it got and what it expected.
+            BackendError: An input is wrong; the message gives its name, the actual and the expected array.
         """
         expected = ", ".join(f"{spec.name} ({spec})" for spec in self.inputs)
         for name in inputs.keys() - {spec.name for spec in self.inputs}:
@@ -99,42 +112,50 @@ class Session(abc.ABC):
         """Run the model once.
 
         Args:
-            inputs: one array per entry of `inputs`, of its type and shape.
+            inputs: One array per entry of `inputs`, of its type and shape.
 
         Returns:
-            One array per entry of `outputs`.
+            One array per entry of `outputs`, by name.
 
         Raises:
             BackendError: `validate` rejects the inputs, the backend fails, or the session is closed.
 
         Warns:
-            SlowKernelsWarning: once per process, where kernels are not installed that would carry out the operators.
+            SlowKernelsWarning: The native kernels are not installed, so slower function bodies run. Issued once per
+                process.
         """
         self.validate(inputs)
         if (kernels := str(self.description.kernels)).startswith(LACKING):
-            _say_slow(f"Sparse attention runs by {kernels}, which are several times slower than its kernels.")
+            _warn_slow(f"Sparse attention runs as {kernels}, which are several times slower than the native kernels.")
+        elif FROM_PYTHON in kernels:
+            _warn_slow(f"OpenVINO calls the sparse operators from Python, which is slower. {REBUILD}")
         try:
             outputs = self._run({name: np.ascontiguousarray(value) for name, value in inputs.items()})
         except BackendError:
             raise
-        except Exception as error:  # Runtimes share no base of their errors but Exception.
+        except Exception as error:  # The runtimes' errors have no common base class but Exception.
             what = f"{self.backend} failed in {self.model}: {one_line(error)}"
             raise BackendError(what, "Close other programs if memory ran out; else export it again.") from error
         validate_outputs(self.model, outputs)
         return outputs
 
     def stream(self, at_least: float | None = None, share: float | None = None) -> Stream:
-        """Frames of a camera, one after the other: of each is computed what changed. Several streams take turns, each
-        with a state of its own; they end with the session.
+        """Return a stream that processes consecutive frames and recomputes only the patches that changed.
+
+        A session can have several streams. Each has a state of its own, and they take turns. All end with the session.
 
         Args:
-            at_least: fidelity of a frame to the dense model, as estimated: the mean cosine of its patches; None: .98.
-                As few of these are computed as that takes, and where too many changed, the model answers.
-            share: of the patches, that every frame computes instead, unless it is another scene.
+            at_least: Fidelity to keep: the estimated mean cosine of a frame's patches to those of the dense model.
+                The stream recomputes as few patches as that allows, and falls back to the full model if too many
+                changed. None selects 0.98.
+            share: Fraction of the patches to recompute in every frame instead, unless the scene changes.
+
+        Returns:
+            A stream before its first frame.
 
         Raises:
-            BackendError: the bundle was exported without --stream, or this backend runs none.
-            ConfigError: a number is out of range, or both are there.
+            BackendError: The bundle was exported without --stream, or the backend does not support streams.
+            ConfigError: A value is out of range, or both are given.
 
         Example:
             >>> import numpy as np
@@ -143,7 +164,7 @@ class Session(abc.ABC):
             ...     for number in range(3):
             ...         outputs = stream.infer({"image": np.full((1, 160, 160, 3), 100 + number // 2, np.uint8)})
             >>> stream.computed.by
-            'step'
+            'incremental'
         """
         from sparsifiner_edge.runtime.stream import Stream, open_stream
 
@@ -154,15 +175,15 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        """The backend's part of `infer`; the inputs are checked, and contiguous."""
+        """Run the model on the backend; the inputs are validated and contiguous."""
 
     def closed_error(self) -> BackendError:
-        """The error for a run of a session that was closed."""
+        """Return the error for a run of a session that is closed."""
         return BackendError(f"The session of {self.model} is closed.", "Open it again.")
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Release the model, and what its streams run on. Closing twice is harmless."""
+        """Release the model and the sessions of its streams. Closing twice is harmless."""
         if self._streaming is not None:
             self._streaming.close()
 
@@ -174,12 +195,16 @@ class Session(abc.ABC):
 
 
 @functools.cache
-def _say_slow(text: str) -> None:
-    """Python itself repeats a warning for each calling line, and for all after any `catch_warnings`."""
+def _warn_slow(text: str) -> None:
+    """Issue a warning once per process.
+
+    Python itself would repeat it for each calling line, and for every line after any `catch_warnings`.
+    """
     warnings.warn(text, SlowKernelsWarning, stacklevel=3)
 
 
 def _validate_one(spec: TensorSpec, value: object, bound: dict[str, int]) -> None:
+    """Check one input. `bound` collects the sizes of named axes over all inputs."""
     if not isinstance(value, np.ndarray):
         raise BackendError(f"Input {spec.name!r} got {type(value).__name__}.", f"Expected a NumPy array: {spec}.")
     fits = value.dtype == np.dtype(spec.dtype) and value.ndim == len(spec.shape)
@@ -189,26 +214,29 @@ def _validate_one(spec: TensorSpec, value: object, bound: dict[str, int]) -> Non
     if not fits:
         raise BackendError(
             f"Input {spec.name!r} got {value.dtype} {shape_text(value.shape)}.",
-            f"Expected {spec}, where axes of one name have one size, and none is empty. Convert it first.",
+            f"Expected {spec}. Axes of the same name have the same size, and no axis is empty. Convert it first.",
         )
 
 
 def validate_outputs(origin: object, outputs: Mapping[str, Array | list[object]]) -> None:
-    """Check what a model gave before anyone computes with it: arrays of numbers, and those that have a meaning by name
-    of their rank. Values may be NaN or infinite: whoever shows them says so (`text.finite`).
+    """Check that the outputs of a model are numeric arrays, with the rank that their name requires (`RANKS`).
+
+    Values may be NaN or infinite; code that prints them marks them (`text.finite`).
 
     Args:
-        origin: the model, for messages.
-        outputs: by name.
+        origin: Model, for messages.
+        outputs: Outputs by name.
 
     Raises:
-        BackendError: names the output, what it is, and what it must be.
+        BackendError: An output is wrong; the message gives its name, its actual and its required form.
     """
     for name, value in outputs.items():
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
             kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-            raise BackendError(f"Output {name!r} of {origin} is {kind}.", "A bundle's model gives arrays of numbers.")
+            raise BackendError(
+                f"Output {name!r} of {origin} is {kind}.", "A bundle's model must return numeric arrays."
+            )
         rank = RANKS.get(name, value.ndim)
         if value.ndim != rank or not value.size:
             what = f"Output {name!r} of {origin} has shape {shape_text(value.shape)}."
-            raise BackendError(what, f"Export it again: it must have {rank} axes, none of them empty.")
+            raise BackendError(what, f"Export the bundle again: the output must have {rank} axes, none empty.")

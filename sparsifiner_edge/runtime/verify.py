@@ -1,4 +1,4 @@
-"""Is a bundle whole, does its manifest match its model, and does the golden pair pass on a backend?"""
+"""Verification of a bundle: file hashes, signature, manifest, operators, and the golden pair on a backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ from sparsifiner_edge.text import one_line
 
 
 class CheckResult(Struct, frozen=True):
-    """One check of a bundle, and what it found."""
+    """Result of one check of a bundle.
+
+    Attributes:
+        name: Name of the check.
+        passed: True if the check passed.
+        details: Findings, or the reason for the failure.
+    """
 
     name: str
     passed: bool
@@ -32,7 +38,14 @@ class CheckResult(Struct, frozen=True):
 
 
 class Verification(Struct, frozen=True):
-    """All checks of a bundle. hash: SHA-256 of its manifest. passed: all of them."""
+    """Results of all checks of a bundle.
+
+    Attributes:
+        bundle: Folder of the bundle.
+        hash: SHA-256 of the manifest.
+        passed: True if all checks passed.
+        checks: Results in the order in which the checks ran.
+    """
 
     bundle: str
     hash: str
@@ -43,21 +56,21 @@ class Verification(Struct, frozen=True):
 def verify_bundle(
     bundle: str | Path, execution: Execution | str | None = None, *, public_key: str | Path | None = None
 ) -> Verification:
-    """Check all of a bundle.
+    """Run all checks of a bundle.
 
     Args:
-        bundle: a folder made by `sparsifiner-edge export`.
-        execution: what runs the golden pair: a backend, or all of it.
-        public_key: the signature must be that key's; without it a signature is reported and not checked.
+        bundle: Folder written by `sparsifiner-edge export`.
+        execution: Backend name or options for running the golden pair; None selects the defaults.
+        public_key: Public key that must have signed the bundle. Without it, a signature is reported but not verified.
 
     Returns:
-        What each check found. A model that is no valid ONNX is the last that is checked, and so is a signature that
-        the key does not fit.
+        The result of each check. An invalid ONNX file or a signature of another key ends the verification: later
+        checks are left out.
 
     Raises:
-        ArtifactError: not a bundle, a file missing or altered, of another version: there is nothing to check then.
-        BackendError: the backend cannot run it.
-        MissingExtraError: the backend, or what checks signatures, is not installed.
+        ArtifactError: The folder is not a bundle, has a missing or altered file, or is of another version.
+        BackendError: The backend cannot run the bundle.
+        MissingExtraError: The backend, or the package that verifies signatures, is not installed.
 
     Example:
         >>> verify_bundle("bundle").passed
@@ -80,16 +93,17 @@ def verify_bundle(
             results.append(CheckResult(name, True, check()))
         except GateError as error:
             results.append(CheckResult(name, False, error.what))
-        except (KeyError, IndexError, ValueError, TypeError) as error:  # Of a form that export does not write.
+        except (KeyError, IndexError, ValueError, TypeError) as error:  # Content that `export` never writes.
             reason = f"cannot be checked: {type(error).__name__}: {one_line(error, 200)}"
             results.append(CheckResult(name, False, reason))
         if name in ("signature", "model") and not results[-1].passed:
-            break  # An unsigned bundle is not run, and an invalid model is not examined further.
+            break  # Never run a bundle whose signature is wrong, nor examine an invalid model further.
     digest, passed = hashlib.sha256(checked.text).hexdigest(), all(result.passed for result in results)
     return Verification(str(checked.folder), digest, passed, tuple(results))
 
 
 def _files(bundle: Bundle) -> str:
+    """Check that the folder has no files besides those in the manifest (`open_bundle` has checked their hashes)."""
     extra = unlisted_files(bundle)
     if extra:
         raise GateError(f"not in the manifest: {', '.join(extra[:5])}")
@@ -97,20 +111,22 @@ def _files(bundle: Bundle) -> str:
 
 
 def _signature(bundle: Bundle, public_key: Path | None) -> str:
+    """Verify the signature with a public key, or describe it if there is no key."""
     if public_key is None:
         signature = read_signature(bundle.folder)
-        claims = signature and f"claims the key {signature.key[:16]}; not checked without --public-key"
+        claims = signature and f"claims the key {signature.key[:16]}; not verified without --public-key"
         return claims or "none"
     fingerprint = fingerprint_of(public_key)
     try:
         if require_signature(bundle.folder, public_key) != bundle:
-            raise GateError("the manifest was changed meanwhile")
+            raise GateError("the manifest changed during the verification")
     except ArtifactError as error:
         raise GateError(error.what) from error
     return f"by {fingerprint[:16]}"
 
 
 def _onnx(model: Any) -> str:
+    """Check that the model is valid ONNX and uses no foreign operator domains."""
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
@@ -123,7 +139,7 @@ def _onnx(model: Any) -> str:
 
 
 def _interface(bundle: Bundle, graph: Any) -> str:
-    """Names, types and shapes of inputs and outputs."""
+    """Check that names, types and shapes of inputs and outputs match the manifest."""
     counts, manifest = [], bundle.manifest
     for key, specs, values in (("input", manifest.inputs, graph.input), ("output", manifest.outputs, graph.output)):
         stated, present = list(specs), [tensor_spec(value) for value in values]
@@ -132,23 +148,24 @@ def _interface(bundle: Bundle, graph: Any) -> str:
             difference = f"{wrong[0].name} {wrong[0]}" if wrong else "their order"
             raise GateError(f"{key}s: manifest and model differ in {difference}")
         counts.append(f"{len(present)} {key}{'' if len(present) == 1 else 's'}")
-    return f"{' and '.join(counts)} as the manifest says"
+    return f"{' and '.join(counts)}, as in the manifest"
 
 
 def _operators(stated: tuple[str, ...], model: Any) -> str:
-    """The operators in the manifest are those in the file, each with its body."""
+    """Check that the manifest lists the operators in the file, and that each has an ONNX function body."""
     used = {f"{DOMAIN}::{node.op_type}" for node in all_nodes(model) if node.domain == DOMAIN}
     bodies = {f"{function.domain}::{function.name}" for function in model.functions}
     versions = {entry.version for entry in model.opset_import if entry.domain == DOMAIN}
     if used - bodies:
-        raise GateError(f"without a body: {', '.join(sorted(used - bodies))}")
+        raise GateError(f"no function body for: {', '.join(sorted(used - bodies))}")
     if set(stated) != bodies or (stated and versions != {VERSION}):
         present = f"the model has {sorted(bodies)} of version {sorted(versions)}"
         raise GateError(f"the manifest says {sorted(stated)} of version {VERSION}, {present}")
-    return ", ".join(sorted(used)) or "standard ones alone"
+    return ", ".join(sorted(used)) or "standard operators only"
 
 
 def _golden(bundle: Bundle, execution: Execution) -> str:
+    """Run the golden pair, and the golden sequence of a bundle with a stream."""
     with session_on(bundle, execution) as session:
         report, ran = check_golden(session, bundle), session.description
         stream = check_sequence(*session.opened_as) if session.opened_as else ""

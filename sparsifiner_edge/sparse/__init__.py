@@ -1,1 +1,1 @@
-"""Making a vision transformer sparse: token order, predictor, attention, in-place patch, students."""
+"""Sparse vision transformers: token order, predictor, attention, in-place patching and student folders."""

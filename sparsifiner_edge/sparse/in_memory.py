@@ -1,4 +1,4 @@
-"""A live module made sparse in place: `sparsify_model`."""
+"""In-place sparsification of a live module: `sparsify_model`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsifiner_edge.config import SparsityConfig, require
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
-from sparsifiner_edge.sparse.defaults import SparsityOptions, default_cells, fit_to_model
+from sparsifiner_edge.sparse.defaults import SparsityOptions, default_background_tokens, fit_to_model
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
 from sparsifiner_edge.sparse.patch import AnyModule, make_model_sparse, require_support, restore_model
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CALIBRATION_SIDE = 16
-"""Patches along the longer side of the images that a predictor learns from, at most."""
+"""Most patches along the longer side of the images from which a predictor is calibrated."""
 
 
 def sparsify_model(
@@ -37,19 +37,21 @@ def sparsify_model(
     """Make the vision transformer in a module sparse, in place.
 
     Args:
-        module: a vision transformer of timm or transformers with a fixed image size, or any module that contains one;
-            on any device, in any mode. Its own weights stay as they are.
-        calibrate: images to learn the predictor from, float [B,3,H,W] or several of those, as the module is called
-            with them; a dozen helps a lot, more than 32 do not. None takes the weights alone.
-        progress: see `Progress`; counts images.
-        options: what is sparse, such as `keep=0.25, merge=(160, 0)`; see `SparsityOptions`.
+        module: Vision transformer of timm or transformers with a fixed image size, or any module that contains one, on
+            any device and in any mode. Its own weights do not change.
+        calibrate: Images to calibrate the predictor, float [B,3,H,W], or several such batches, as the module is called
+            with them. A dozen images help a lot; more than 32 bring no further gain. None uses the weights only.
+        progress: Callback that counts images; see `Progress`.
+        options: Sparsity settings, such as `keep=0.25, merge=(160, 0)`; see `SparsityOptions`.
 
     Returns:
-        The same object. `restore_model` undoes it.
+        The same object. `restore_model` undoes the change.
 
     Raises:
-        UnsupportedModelError: the module contains no such transformer, or several, or one that cannot be made sparse.
-        ConfigError: a value is out of range or does not fit the model, or the images do not. The module is unchanged.
+        UnsupportedModelError: If the module contains no supported vision transformer, contains several, or contains one
+            that cannot be made sparse.
+        ConfigError: If a value is out of range or does not fit the model, or if the images are unsuitable. The module
+            is unchanged in this case.
 
     Example:
         >>> import timm, torch
@@ -68,10 +70,10 @@ def sparsify_model(
 
 
 def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | None = None) -> None:
-    """Set the predictor of a sparse transformer from images [1,3,H,W], normalised.
+    """Calibrate the predictor of a sparse transformer from normalised images [1,3,H,W].
 
-    It learns in a dense copy, in float32, of `calibration_size`: with the preset "edge" that is faster than at a larger
-    size, and no worse on held-out photographs (profiles/results/fidelity, row "at size").
+    The calibration runs in a dense float32 copy at `calibration_size`. With the preset "edge" this is faster than at a
+    larger size and no worse on held-out photographs (profiles/results/fidelity, row "at size").
     """
     sparsity = cast(SparsityConfig, backbone.sparsity)
     size = calibration_size(backbone, sparsity.preset)
@@ -80,10 +82,14 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
     if size != twin.image_size:
         twin.resize(size)
         twin = backbone_of(dense)
-        # What a predictor learns hardly depends on tile and cells, which must fit the smaller image.
-        tile = sparsity.tile if sparsity.tile <= twin.patches else sparsity.probe
-        sparsity = dataclasses.replace(sparsity, tile=tile, cells=min(sparsity.cells, default_cells(twin.patches)))
-    # Nothing is merged while a predictor learns, and a rate may be too much for the smaller image.
+        # The predictor hardly depends on the tile and the background tokens, which must fit the smaller image.
+        tile = sparsity.tile if sparsity.tile <= twin.patches else sparsity.query_pool
+        sparsity = dataclasses.replace(
+            sparsity,
+            tile=tile,
+            background_tokens=min(sparsity.background_tokens, default_background_tokens(twin.patches)),
+        )
+    # No tokens merge during calibration, and the rate may be too high for the smaller image.
     make_model_sparse(dense, dataclasses.replace(sparsity, merge=()))
     like = twin.embedding.weight
     calibrate_from_images(dense, [_resize(image, size).to(like) for image in images], progress)
@@ -92,10 +98,10 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
 
 
 def calibration_size(backbone: Backbone, preset: str) -> tuple[int, int]:
-    """Pixels, height and width, of the images that the predictor of a transformer learns from.
+    """Return the size (height, width) in pixels of the images from which a predictor is calibrated.
 
-    The model's own, and with the preset "edge", whose predictor is free of the resolution, at most `CALIBRATION_SIDE`
-    patches along the longer side.
+    It is the model's own size. With the preset "edge", whose predictor does not depend on the resolution, it is at most
+    `CALIBRATION_SIDE` patches along the longer side.
     """
     longer = max(backbone.grid)
     if preset != "edge" or longer <= CALIBRATION_SIDE:
@@ -105,12 +111,16 @@ def calibration_size(backbone: Backbone, preset: str) -> tuple[int, int]:
 
 
 def arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """Images as they reach the transformer, [1,3,H,W] each, when the module around it is called with them."""
+    """Return the images [1,3,H,W] that reach the transformer when the module around it is called with `images`.
+
+    Raises:
+        ConfigError: If there are no images, if they are unsuitable, or if the module does not use its transformer.
+    """
     batches = [images] if isinstance(images, Tensor) else list(images)
     for batch in batches:
         require_images(batch)
     if not batches:
-        raise ConfigError("There is no image to calibrate with.", "Give some, or leave calibrate out.")
+        raise ConfigError("There is no image to calibrate with.", "Give images, or leave calibrate out.")
     like = backbone.embedding.weight
     tensors: list[Tensor] = []
     if module is backbone.module:
@@ -132,10 +142,10 @@ def arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[Te
 
 
 def require_images(batch: Any) -> None:
-    """Refuse what is no floating-point [B,3,H,W] of finite numbers.
+    """Check that a batch is a floating-point tensor [B,3,H,W] of finite numbers.
 
     Raises:
-        ConfigError: says what it is.
+        ConfigError: If it is not. The message describes the batch.
     """
     x = batch if isinstance(batch, Tensor) else torch.empty(0)
     fits = x.ndim == 4 and x.shape[1] == 3 and x.numel() > 0 and x.is_floating_point()
@@ -145,6 +155,7 @@ def require_images(batch: Any) -> None:
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images [B,3,H,W] bicubically with antialiasing, unless they have the size already."""
     if tuple(image.shape[-2:]) == size:
         return image
     return F.interpolate(image.float(), size, mode="bicubic", antialias=True)
@@ -152,7 +163,7 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode, afterwards each part in its own again."""
+    """Put a module into evaluation mode inside a `with` block, and restore the mode of each part afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()

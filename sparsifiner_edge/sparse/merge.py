@@ -1,12 +1,13 @@
-"""Fewer tokens after a layer's attention and before its MLP, for every later layer: merged or pruned. The order of
-those that stay is kept, so that runs of consecutive tokens remain compact.
+"""Token reduction between a layer's attention and its MLP, by merging or pruning.
 
-Merging along the curve (ToMe, ICLR 2023, section 3, with partners within a window, and smaller tokens first): pairs of
-patches that are alike become one token each, which counts as many as it stands for. The place of every original patch
-is carried along, so that outputs are whole again.
+The remaining tokens keep their order, so that runs of consecutive tokens remain compact.
 
-Pruning in the way of EViT (ICLR 2022, section 3): the patch tokens that the class token attends to least are removed.
-In an exported file all of this is standard operators.
+Merging follows ToMe (ICLR 2023, section 3), with partners within a window along the curve and smaller tokens first.
+Pairs of similar patches become one token each, which counts as many patches as it contains. The location of every
+original patch is kept, so that outputs have all patches again.
+
+Pruning follows EViT (ICLR 2022, section 3). It removes the patch tokens with the least attention from the class token.
+In an exported file it consists of standard operators.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from sparsifiner_edge.sparse.layer import CarriedTokens
 
 
 class Merging(nn.Module):
-    """What happens between attention and MLP; it has no parameters.
+    """Token merging between attention and MLP, without parameters.
 
     Attributes:
-        merged: pairs that become one token. prefix: tokens before the patches. window: see MatchTokens.
+        merged: Number of pairs that become one token.
+        prefix: Number of tokens before the patches.
+        window: Window of partners along the curve; see the operator MatchTokens.
     """
 
     def __init__(self, merged: int, prefix: int, window: int) -> None:
@@ -33,13 +36,22 @@ class Merging(nn.Module):
         self.merged, self.prefix, self.window = merged, prefix, window
 
     def forward(self, tokens: CarriedTokens, qkv: Tensor, num_heads: int) -> CarriedTokens:
-        """Tokens and their qkv [B,N,3C] -> `merged` fewer of them."""
+        """Merge `merged` pairs of tokens.
+
+        Args:
+            tokens: Tokens that enter the merge.
+            qkv: Their packed queries, keys and values [B,N,3C].
+            num_heads: Number of attention heads.
+
+        Returns:
+            The merged tokens, `merged` fewer than before.
+        """
         x = tokens.values
         sizes = single_sizes(x) if tokens.sizes is None else tokens.sizes
         pairs = self.pairs(qkv, sizes, num_heads)
         first, second = pairs.long().unbind(-1)
         a, b = sizes.gather(1, first), sizes.gather(1, second)
-        # The patches alone, counted from the first.
+        # Indices of the patches only, counted from the first patch.
         here, there = (side[:, self.prefix :] - self.prefix for side in (first, second))
         larger = torch.where((b > a)[:, self.prefix :], there, here)
         return CarriedTokens(
@@ -50,24 +62,25 @@ class Merging(nn.Module):
         )
 
     def pairs(self, qkv: Tensor, sizes: Tensor, num_heads: int) -> Tensor:
-        """Which tokens become one: int32 [B,N-merged,2], see the operator MatchTokens."""
+        """Return the pairs that become one token, int32 [B,N-merged,2]; see the operator MatchTokens."""
         return torch_merge.match_tokens(
             qkv, sizes, num_heads=num_heads, num_prefix=self.prefix, window=self.window, merged=self.merged
         )
 
     def _carry(self, here: Tensor, there: Tensor, places: Tensor | None) -> Tensor:
-        """Places of the original patches after the pairs."""
+        """Return the token index of each original patch after the merge."""
         new = torch.arange(here.shape[1], device=here.device).expand_as(here)
-        room = torch.zeros(here.shape[0], here.shape[1] + self.merged, dtype=torch.long, device=here.device)
-        after = room.scatter(1, here, new).scatter(1, there, new)
+        unset = torch.zeros(here.shape[0], here.shape[1] + self.merged, dtype=torch.long, device=here.device)
+        after = unset.scatter(1, here, new).scatter(1, there, new)
         return after if places is None else after.gather(1, places)
 
 
 class Pruning(nn.Module):
-    """What a layer that prunes does between attention and MLP; it has no parameters.
+    """Token pruning between attention and MLP, without parameters.
 
     Attributes:
-        remaining: patch tokens that go on. prefix: tokens before the patches, the class token first.
+        remaining: Number of patch tokens that are kept.
+        prefix: Number of tokens before the patches, the class token first.
     """
 
     def __init__(self, remaining: int, prefix: int) -> None:
@@ -75,8 +88,15 @@ class Pruning(nn.Module):
         self.remaining, self.prefix = remaining, prefix
 
     def forward(self, tokens: CarriedTokens, qkv: Tensor, geometry: HeadGeometry) -> CarriedTokens:
-        """Keep the `remaining` patches that score highest by the layer's qkv [B,N,3C], in their order: tokens
-        [B, prefix + remaining, C].
+        """Keep the `remaining` patch tokens with the highest scores, in their order.
+
+        Args:
+            tokens: Tokens that enter the pruning.
+            qkv: Their packed queries, keys and values [B,N,3C].
+            geometry: Sizes of the attention heads.
+
+        Returns:
+            Tokens [B, prefix + remaining, C].
         """
         x = tokens.values
         winners = ops.top_tokens(self.scores(qkv, geometry), self.remaining)
@@ -86,10 +106,14 @@ class Pruning(nn.Module):
         )
 
     def scores(self, qkv: Tensor, geometry: HeadGeometry) -> Tensor:
-        """What the class token attends to among the patches, mean over the heads: qkv [B,N,3C] -> float32 [B,P].
+        """Return the attention of the class token to each patch, mean over the heads: float32 [B,P].
 
-        One query needs no product of matrices. Of float16 products the sums and the softmax are float32 all the same:
-        ranks of float16 probabilities would tie. No gradient flows through it.
+        A single query needs no matrix product. The logits and the softmax are float32 even for float16 qkv, because
+        float16 probabilities would tie. No gradient flows through the scores.
+
+        Args:
+            qkv: Packed queries, keys and values [B,N,3C].
+            geometry: Sizes of the attention heads.
         """
         with torch.autocast(qkv.device.type, enabled=False):
             q, k, _ = qkv.detach().float().unflatten(-1, (3, geometry.heads, geometry.dim)).unbind(2)

@@ -1,4 +1,8 @@
-"""How a model is loaded: no torch here, so that a command without it names all that is missing."""
+"""Options for loading a model.
+
+This module does not import torch, so that a command in an installation without it can report everything that is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from sparsifiner_edge.images import Normalisation, Normalise
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How a model is loaded.
+    """Options for loading a model.
 
     Attributes:
-        weights: for timm's names: .safetensors or .pth with its key names; None lets timm download them.
-        img_size: pixels: a square's side, or height and width; None takes the model's own.
-        normalise: what it expects of pixels / 255; see `sparsify`.
-        trust: modules whose functions may make the model of a student.
+        weights: For timm names: .safetensors or .pth file with timm's key names. None lets timm download the weights.
+        img_size: Image size in pixels: the side of a square, or (height, width). None takes the model's own.
+        normalise: Normalisation of pixels / 255 that the model expects; see `sparsify`.
+        trust: Modules whose functions may be called to create the model of a student folder.
 
     Example:
         >>> ModelOptions(weights="dinov2.safetensors", img_size=518).img_size
@@ -32,18 +36,19 @@ class ModelOptions:
     trust: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        """Check that `trust` is a list or tuple."""
         require_lists(trust=self.trust)
 
     @property
     def file(self) -> Path | None:
-        """Of the weights."""
+        """Path of the weights, or None."""
         return Path(self.weights) if self.weights else None
 
     @property
     def normalisation(self) -> Normalisation | None:
-        """What was said of it; None: nothing.
+        """Normalisation that was given, or None.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: If `normalise` is not a valid normalisation.
         """
         return Normalisation.parse(self.normalise)

@@ -1,4 +1,4 @@
-"""In-place patch of a vision transformer: sparse attention, patch tokens laid along the Hilbert curve."""
+"""Patch a vision transformer in place: sparse attention, with patch tokens in Hilbert-curve order."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def require_support(model: nn.Module) -> Backbone:
-    """The backbone of a model that can be made sparse.
+    """Return the backbone of a model that can be made sparse.
 
     Raises:
-        UnsupportedModelError: with the first reason why it cannot.
+        UnsupportedModelError: If the model cannot be made sparse. The message gives the first reason.
     """
     backbone = backbone_of(model)
     reason = "it is sparse already" if backbone.sparsity is not None else backbone.refusal()
@@ -34,18 +34,21 @@ def require_support(model: nn.Module) -> Backbone:
 
 
 def make_model_sparse(model: AnyModule, sparsity: SparsityConfig) -> AnyModule:
-    """Make a model sparse, in place; projections are zero until calibrated or loaded.
+    """Make a model sparse in place, with predictor projections that are still zero.
+
+    Calibrate the projections or load them before use.
 
     Args:
-        model: a vision transformer of a library with a fixed image size, or a module that contains one.
-        sparsity: what is sparse; with nothing sparse and nothing pruned the model is left untouched.
+        model: Vision transformer of a supported library with a fixed image size, or a module that contains one.
+        sparsity: Sparsity settings. If they are dense, the model is left untouched.
 
     Returns:
         The same object.
 
     Raises:
-        UnsupportedModelError: with the reason.
-        ConfigError: tile, cells, shares or rates do not fit this model; it is unchanged then.
+        UnsupportedModelError: If the model cannot be made sparse.
+        ConfigError: If the tile, the background tokens, the shares or the rates do not fit this model. The model is
+            unchanged in this case.
     """
     backbone = require_support(model)
     if sparsity.is_dense:
@@ -59,8 +62,9 @@ def make_model_sparse(model: AnyModule, sparsity: SparsityConfig) -> AnyModule:
 
 
 def _make_sparse(backbone: Backbone, sparsity: SparsityConfig) -> None:
+    """Replace the layers and attentions of a backbone and set its budget."""
     plan = plan_of(sparsity, len(backbone.layers), backbone.patches)
-    # The published method knows raster order alone.
+    # The published method uses raster order.
     order = np.arange(backbone.patches) if sparsity.preset == "paper" else hilbert_order(*backbone.grid)
     curve = TokenOrder(torch.from_numpy(order), torch.from_numpy(order.argsort()), backbone.prefix)
     curve.to(backbone.embedding.weight.device)
@@ -76,8 +80,10 @@ def _make_sparse(backbone: Backbone, sparsity: SparsityConfig) -> None:
 
 
 def restore_model(model: AnyModule) -> AnyModule:
-    """Undo `make_model_sparse` or `sparsify_model`, in place: the host's own classes and the weights that were there,
-    no predictor. Any other module is left as it is.
+    """Undo `make_model_sparse` or `sparsify_model` in place.
+
+    The library's own classes and the weights stay, and the predictors are removed. A module without sparse layers is
+    left as it is.
 
     Returns:
         The same object.
@@ -98,7 +104,7 @@ def restore_model(model: AnyModule) -> AnyModule:
 
 
 def _offer_maps(module: nn.Module, possible: bool) -> None:
-    """Let timm's ways to maps of layers be, or refuse them: of too few tokens they make maps of nothing."""
+    """Enable or disable timm's methods for intermediate feature maps, which would be wrong for pruned tokens."""
     for name in ("forward_intermediates", "get_intermediate_layers"):
         module.__dict__.pop(name, None)
         if not possible and hasattr(module, name):
@@ -106,19 +112,25 @@ def _offer_maps(module: nn.Module, possible: bool) -> None:
 
 
 def _no_maps(*_: Any, **__: Any) -> Any:
-    raise ConfigError("A model that prunes tokens has no maps of its layers.", "Leave --token-keep out: token_keep=().")
+    """Replace a method that returns intermediate feature maps."""
+    raise ConfigError(
+        "A model that prunes tokens has no intermediate feature maps.", "Make it sparse without token_keep."
+    )
 
 
 def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool = False) -> None:
-    """Give a sparse model, in place, another share of keys or tokens to keep; its parameters stay.
+    """Change the shares of keys and tokens of a sparse model in place, without changing its parameters.
 
     Args:
-        model: made by `make_model_sparse`.
-        sparsity: as the model's own but for `keep`, `token_keep`, `merge`, `merge_window`, `tile` and `cells`.
-        keep_predictors: whether a layer that is dense now keeps its predictor for budgets to come.
+        model: Model made by `make_model_sparse`.
+        sparsity: New settings. They may differ from the model's own in `keep`, `token_keep`, `merge`, `merge_window`,
+            `tile` and `background_tokens` only.
+        keep_predictors: Keep the predictors of layers that are dense in this budget, so that a later budget can use
+            them.
 
     Raises:
-        ConfigError: the model cannot do that, or tile or cells exceed the patches that are left.
+        ConfigError: If the model does not support the settings, or if the tile or the background tokens exceed the
+            patches that are left.
     """
     backbone = backbone_of(model)
     prefix = backbone.prefix
@@ -133,7 +145,9 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
     )
     counts = plan.tokens(backbone.patches)
     if sparsity.preset == "paper" and counts != current.tokens(backbone.patches):
-        raise ConfigError("The published predictor is tied to its tokens.", "Give --token-keep to sparsify.")
+        raise ConfigError(
+            "The predictor of preset 'paper' is tied to its number of tokens.", "Give --token-keep to sparsify."
+        )
     here = [sparsity.of_share(share) for share in plan.keep]
     layouts = {number: here[number].layout(counts[number], prefix) for number in plan.sparse_layers}
     attentions = backbone.attentions

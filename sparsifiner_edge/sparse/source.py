@@ -1,4 +1,4 @@
-"""Where models come from: a name of timm's, a folder or name of Hugging Face's, or a user's own factory."""
+"""Model sources: timm names, Hugging Face folders and names, and the user's own factories."""
 
 from __future__ import annotations
 
@@ -30,16 +30,19 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A model in memory (a student, or dense: a teacher, a baseline), and what it takes to make it again.
+    """Model in memory, sparse or dense, with everything needed to create it again.
+
+    A dense one serves as a teacher or as a baseline.
 
     Attributes:
-        model: in evaluation mode; sparse unless the config is dense.
-        name: timm's name, transformers' class, or "package.module:factory"; `host` says which.
-        normalisation: what it expects of pixels.
-        sparsity: what is sparse.
-        provenance: where weights and projections came from.
-        labels: names of a classifier's classes, where its own are known.
-        outputs: names for what it gives (see `outputs_of`); None: its own.
+        model: Module in evaluation mode, sparse unless the config is dense.
+        name: timm name, transformers class, or "package.module:factory"; `host` says which.
+        normalisation: Normalisation of pixels that the model expects.
+        sparsity: Sparsity settings.
+        provenance: Origin of the weights and the projections.
+        labels: Class names of a classifier, where it has names of its own.
+        outputs: Output names (see `outputs_of`). None takes the module's own.
+        host: Kind of source that the model comes from.
     """
 
     model: Any
@@ -53,12 +56,12 @@ class Student:
 
     @property
     def backbone(self) -> Backbone:
-        """The vision transformer in the model."""
+        """Vision transformer in the model."""
         return backbone_of(self.model)
 
     @property
     def img_size(self) -> ImageSize:
-        """Pixels of its images: one number for a square."""
+        """Image size in pixels: one number for a square, else (height, width)."""
         return size_of(*self.backbone.image_size)
 
 
@@ -68,24 +71,24 @@ def load_source(
     img_size: ImageSize | None = None,
     normalisation: Normalisation | None = None,
 ) -> Student:
-    """A pretrained model, dense, that can be made sparse.
+    """Load a pretrained dense model that can be made sparse.
 
     Args:
-        source: timm's name; a folder with config.json and model.safetensors, or a name such as
+        source: One of: a timm name; a folder with config.json and model.safetensors; a Hugging Face name such as
             "facebook/dinov2-small", which transformers downloads; or "package.module:factory", which is imported.
-        weights: for timm's names: file with its key names; None lets timm download them.
-        img_size: pixels: a square's side, or height and width; None takes the model's own.
-        normalisation: what it expects of pixels, where that is not what is recorded for a model of timm's or
-            transformers'; a user's own declares it otherwise (see `normalisation_of`).
+        weights: For timm names: weight file with timm's key names. None lets timm download the weights.
+        img_size: Image size in pixels: the side of a square, or (height, width). None takes the model's own.
+        normalisation: Normalisation of pixels that the model expects. None takes the one recorded by timm or
+            transformers, or the one that the user's module declares (see `normalisation_of`).
 
     Raises:
-        SparsifinerError: there is no such model, it cannot be had, the size does not suit it, or nobody says what it
-            expects of pixels; or it could not be made sparse, so that it is no baseline for anything here.
+        SparsifinerError: If the model does not exist, cannot be loaded, does not fit the image size, has an unknown
+            normalisation, or cannot be made sparse. A model that cannot be made sparse is no use as a baseline here.
     """
     from_factory = is_factory(source)
     from_folder = is_hugging_face(source)
-    brings = f"--weights are for timm's names; {source!r} brings its own."
-    require(weights is None or not (from_factory or from_folder), brings, "Leave --weights out.")
+    problem = f"--weights applies to timm names only; {source!r} has its own weights."
+    require(weights is None or not (from_factory or from_folder), problem, "Leave --weights out.")
     if from_factory:
         module = call_factory(source, img_size)
         names = getattr(module, "output_names", None)
@@ -104,86 +107,97 @@ def load_source(
 
 
 def is_hugging_face(source: str) -> bool:
-    """Whether this is a folder or a hub's name of Hugging Face's, and not what may be a name of timm's.
+    """Return True if the source is a Hugging Face folder or hub name and not a timm name.
 
     Raises:
-        ConfigError: it is a path to nothing, or to something else.
+        ConfigError: If the source is a path that does not exist, or the path of something else.
     """
     if not source or is_factory(source) or timm.is_model(source):
         return False
     folder, on_hub = Path(source), _HUB.fullmatch(source) is not None
-    fix = "Give a model's name or folder (docs/models.md); one of your own is package.module:function."
+    fix = "Give a model's name, a folder, or your own package.module:function (docs/models.md)."
     if folder.is_dir():
         kind = kind_of(folder)
-        require(kind is None, f"{source} is a {kind}, not a model.", "Give the model that it was made of.")
-        require(hugging_face.is_saved(folder), f"{source} is not a student, nor saved by transformers.", fix)
+        require(kind is None, f"{source} is a {kind}, not a model.", "Give the model that it was made from.")
+        is_saved = hugging_face.is_saved(folder)
+        require(is_saved, f"{source} is neither a student nor a folder saved by transformers.", fix)
         return True
     is_name = ":" not in source and not folder.exists()
-    require(is_name, f"{source} is {'a file' if folder.exists() else 'no name'}, not a model.", fix)
-    # A slip in a path is no reason to ask a network.
-    slip = "/" in source and (not on_hub or folder.parent.is_dir())
-    require(not slip, f"{source} does not exist.", fix)
+    require(is_name, f"{source} is {'a file, not a model' if folder.exists() else 'not a model name'}.", fix)
+    # A mistyped path should not cause a network request.
+    mistyped = "/" in source and (not on_hub or folder.parent.is_dir())
+    require(not mistyped, f"{source} does not exist.", fix)
     return on_hub
 
 
 def is_factory(source: str) -> bool:
-    """Whether a model's name is of the form "package.module:factory"."""
+    """Return True if the source has the form "package.module:factory"."""
     return _FACTORY.fullmatch(source) is not None
 
 
 def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
-    """What a user's own function makes, in evaluation mode: it is imported, and called with `img_size` where it takes
-    that. The module may say what it expects of pixels (see `normalisation_of`), and name its outputs (`output_names`).
+    """Import a user's factory, call it, and return its module in evaluation mode.
+
+    The factory is called with `img_size` if it has such a parameter. The module may declare the normalisation that it
+    expects (see `normalisation_of`) and the names of its outputs (`output_names`).
 
     Raises:
-        ConfigError: it cannot be imported, fails, or makes no module.
-        UnsupportedModelError: the module contains no vision transformer, or several.
+        ConfigError: If the factory cannot be imported, fails, or returns no module.
+        UnsupportedModelError: If the module contains no vision transformer, or several.
     """
     factory = import_object(source, NAME_IT)
-    require(callable(factory), f"{source} is a {type(factory).__name__}.", "Name a function that makes a module.")
+    require(callable(factory), f"{source} is a {type(factory).__name__}.", "Name a function that returns a module.")
     parameters = inspect.signature(factory).parameters
     takes_size = "img_size" in parameters
     options = {"img_size": img_size} if takes_size and img_size is not None else {}
     needed = [n for n, x in parameters.items() if x.default is x.empty and x.kind not in _ANY and n not in options]
-    fix = "Give --img-size (--like needs a default)" if needed == ["img_size"] else "Name one that takes img_size alone"
-    require(not needed, f"{source} needs {', '.join(needed)}.", f"{fix}, or give defaults.")
+    takes_more = "Name a function that takes img_size only"
+    fix = "Give --img-size (--like requires a default)" if needed == ["img_size"] else takes_more
+    require(not needed, f"{source} requires the arguments: {', '.join(needed)}.", f"{fix}, or give them defaults.")
     try:
         model: nn.Module = factory(**options)
-    # A user's own code may raise anything.
+    # User code may raise any exception.
     except Exception as error:
         raise ConfigError(f"{source} failed: {type(error).__name__}: {one_line(error)}.", "Fix the code.") from error
-    is_module, fix = isinstance(model, nn.Module), "Let it return a torch.nn.Module."
-    require(is_module, f"{source} made a {type(model).__name__}.", fix)
+    is_module, fix = isinstance(model, nn.Module), "Return a torch.nn.Module."
+    require(is_module, f"{source} returned a {type(model).__name__}.", fix)
     backbone = backbone_of(model)
     if img_size is not None and backbone.image_size != height_width(img_size):
         raise ConfigError(
-            f"{source} was asked for {size_text(height_width(img_size))} pixels and made a model of "
-            f"{size_text(backbone.image_size)}" + ("." if takes_size else ": it takes no img_size."),
+            f"{source} returned a model for {size_text(backbone.image_size)} pixels instead of "
+            f"{size_text(height_width(img_size))}" + ("." if takes_size else ": it has no parameter img_size."),
             "Let the function take img_size and pass it on, or leave --img-size out.",
         )
     return model.eval()
 
 
 def normalisation_of(module: nn.Module, whose: str, requested: Normalisation | None) -> Normalisation:
-    """What a user's own module expects of pixels / 255, per RGB channel: its `image_mean` and `image_std`, or what the
-    caller gives. Whether it normalises inside cannot be seen, and a record of the backbone in it says nothing of that.
+    """Return the normalisation of pixels / 255, per RGB channel, that a user's module expects.
+
+    It is the module's `image_mean` and `image_std`, or the one that the caller requests. A module that normalises
+    inside cannot be recognised, and what timm or transformers record for its backbone does not settle it.
 
     Args:
-        whose: for messages.
+        module: Module that a user's factory returned.
+        whose: Name of the model for error messages.
+        requested: Normalisation that the caller gives, or None.
 
     Raises:
-        ConfigError: neither says; or both, and something else; or it is nonsense.
+        ConfigError: If neither gives a normalisation, if the two differ, or if one is invalid.
     """
     mean, std = getattr(module, "image_mean", None), getattr(module, "image_std", None)
     declared = None if mean is None or std is None else Normalisation.of(mean, std)
     if declared is not None and requested not in (None, declared):
-        raise ConfigError(f"{whose} declares {declared}, not {requested}.", "Leave yours out, or mend the declaration.")
+        raise ConfigError(
+            f"{whose} declares {declared}, but {requested} was given.",
+            "Leave yours out, or correct the declaration.",
+        )
     pixels = declared or requested
     if pixels is None:
         raise ConfigError(
-            f"{whose} does not say what its module expects of pixels: it declares no image_mean and image_std.",
-            "Declare both on the module; or give --mean and --std, such as --mean 0.485,0.456,0.406 "
-            "--std 0.229,0.224,0.225; or --no-normalise where the module normalises inside, of pixels from 0 to 1 "
-            "(in Python normalise=(mean, std), or normalise=False).",
+            f"{whose} declares no image_mean and image_std, so the normalisation of pixels is unknown.",
+            "Declare both on the module, or give --mean and --std, such as --mean 0.485,0.456,0.406 "
+            "--std 0.229,0.224,0.225. Give --no-normalise if the module takes pixels from 0 to 1 and normalises "
+            "inside (in Python: normalise=(mean, std), or normalise=False).",
         )
     return pixels

@@ -1,9 +1,12 @@
-"""A model as a stream runs it: keys and values of every layer stay from frame to frame; a step takes some of the tokens
-through the layers, lets them attend to all, and what is behind the layers gets all tokens, old and new.
+"""Streaming form of a model: each layer keeps its keys and values from frame to frame.
 
-The model itself runs, whatever its library and whatever surrounds it: only its layers differ. The first one takes the
-step's tokens in place of what comes in, what a layer hands to the next rides beside, and what a decoder reads of a
-layer are all tokens in raster order. Attention is dense and nothing merges: a step over all tokens is the dense model.
+An incremental update passes some of the tokens through the layers. They attend to all tokens, and the part behind the
+layers receives all tokens, recomputed and stored ones.
+
+The model itself runs, whatever its library and the module around it. Only its layers differ. The first layer takes the
+tokens of the update instead of its input, each layer passes its tokens on through a `Passage`, and a decoder that reads
+an intermediate layer receives all tokens in raster order. Attention is dense and no tokens merge: an update of all
+tokens is the dense model.
 """
 
 from __future__ import annotations
@@ -24,25 +27,31 @@ from sparsifiner_edge.sparse.layer import SparseLayer, TokenOrder
 from sparsifiner_edge.sparse.patch import restore_model
 
 _NOTHING = torch.empty(0)
-_LIKE, _FEW = 0.1, 1e-6
-"""Difference of cosines over which a token says e times less of another one; and what stands for none that says any."""
+_LIKE = 0.1
+"""Decrease of the cosine similarity that lowers the weight of a token by a factor of e; see `carry`."""
+_FEW = 1e-6
+"""Added to the sum of weights, so that a token without similar recomputed tokens stays as it is; see `carry`."""
 
 
 @dataclasses.dataclass
 class Passage:
-    """What a call of the model takes and gives beside images and outputs: N tokens, M of them computed, keys and
-    values of L kept: N, or one that counts as 0 where all are computed.
+    """Inputs and outputs of one call of the model, apart from images and model outputs.
+
+    N is the number of tokens and M the number of those computed. L is the number of stored keys and values: N, or a
+    single one that counts as 0 where all tokens are computed.
 
     Attributes:
-        rows: which tokens are computed, ascending, the prefix first: int64 [M]; None: none, the embedding alone.
-        tokens: what the first layer takes, [1,M,C], then what each layer gave; of the embedding alone, all: [1,N,C].
-        counts: 1 of each key stored, but 0 where it is computed anew: [1,L].
-        places: of each token, where it is in N kept ones with the new ones behind them: int64 [N].
-        still: 1 of each row that is computed though its patch did not change, else 0: [1,M]; see `carry`.
-        caches: keys and values of each layer, [1,L,2C]. new: of the rows, after their queries, as they come, [1,M,3C].
-        read: by number, of layers whose outputs the model itself reads, those stored, [1,N,C]. outputs: what it reads,
-            [1,N,C].
-        watched: what these layers returned, cut off from what made it; None: they are not watched.
+        rows: Tokens that are computed, ascending, prefix first: int64 [M]. None runs the embedding only.
+        tokens: Input of the first layer [1,M,C], then the output of each layer. All tokens [1,N,C] where only the
+            embedding runs.
+        counts: 1 for each stored key, 0 where it is recomputed: [1,L].
+        places: Index of each token in the N stored tokens followed by the M new ones: int64 [N].
+        still: 1 for each computed row whose patch did not change, else 0: [1,M]; see `carry`.
+        caches: Stored keys and values of each layer, [1,L,2C].
+        new: Queries, keys and values of the computed rows in each layer, [1,M,3C].
+        read: Stored outputs [1,N,C] of the layers that the model itself reads, by layer number.
+        outputs: Updated outputs [1,N,C] of these layers, by layer number.
+        watched: Outputs of these layers, detached from their inputs, by layer number. None disables watching.
     """
 
     rows: Tensor | None = None
@@ -58,11 +67,16 @@ class Passage:
 
 
 def carry(stored: Tensor, values: Tensor, rows: Tensor, still: Tensor) -> Tensor:
-    """Tokens that are stored, moved as those moved that are like them and were computed anew. What an image means to a
-    token that did not change itself comes and goes with the whole of it, and with like tokens alike.
+    """Return stored tokens, moved by the drift of similar tokens that were recomputed.
+
+    Unchanged patches still drift with the global context, and similar patches drift in the same direction. The drift is
+    measured on rows that were recomputed although their patch did not change.
 
     Args:
-        stored: [1,N,C]. values: of the rows, [1,M,C]. rows: int64 [M]. still: see `Passage`.
+        stored: Stored tokens [1,N,C].
+        values: Recomputed tokens [1,M,C].
+        rows: Index of each recomputed token, int64 [M].
+        still: 1 for each recomputed token whose patch did not change, else 0: [1,M].
     """
     before = stored.index_select(1, rows)
     alike = functional.normalize(stored, dim=-1) @ functional.normalize(before, dim=-1).mT
@@ -71,18 +85,25 @@ def carry(stored: Tensor, values: Tensor, rows: Tensor, still: Tensor) -> Tensor
 
 
 class Call:
-    """Holds the passage of a model's call at hand, for its layers. (Of a list torch's exporter would make copies.)"""
+    """Passage of the current call, shared by the layers of a model.
+
+    It is an object because torch's exporter would copy a list.
+    """
 
     passage = Passage()
 
 
 class StreamAttention(PackedAttention):
-    """Attention of some tokens to all. Attributes: call: shared by the layers of a model."""
+    """Attention of the computed tokens to all tokens.
+
+    Attributes:
+        call: Passage holder, shared by the layers of a model.
+    """
 
     call: Call
 
     def attend(self, qkv: Tensor, _: Tensor | None = None) -> Tensor:
-        """See `PackedAttention`: qkv [1,M,3C] of the rows."""
+        """Attend from the rows of qkv [1,M,3C] to their own and the stored keys; see `PackedAttention.attend`."""
         passage, geometry = self.call.passage, self.geometry
         caches = passage.caches[len(passage.new)]
         passage.new.append(qkv)
@@ -90,13 +111,24 @@ class StreamAttention(PackedAttention):
 
 
 class StreamLayer(SparseLayer):
-    """Mixed into the class of a library's layer. Attributes: call: see `StreamAttention`. number: its own."""
+    """Mixin for a library's transformer layer.
+
+    Attributes:
+        call: Passage holder, shared by the layers of a model.
+        number: Number of the layer.
+    """
 
     call: Call
     number: int
 
     def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
-        """x [1,N,C] as the library has it, of which the first layer may take the embedding, and the others nothing."""
+        """Run the layer on the passage's tokens.
+
+        The input x [B,N,C] is used only by the first layer when the embedding alone runs.
+
+        Returns:
+            All tokens [1,N,C] in raster order if the model reads this layer, else x.
+        """
         passage, prefix = self.call.passage, self.curve.prefix
         if passage.rows is None:
             passage.tokens = x if self.number == 0 else passage.tokens
@@ -109,29 +141,31 @@ class StreamLayer(SparseLayer):
         if self.number not in passage.read:
             return x
         stored = carry(passage.read[self.number], values, passage.rows, passage.still)
-        whole = torch.cat([stored, values], 1).index_select(1, passage.places)
+        every = torch.cat([stored, values], 1).index_select(1, passage.places)
         if passage.watched is not None:
-            whole = passage.watched[self.number] = whole.detach().requires_grad_()
-        passage.outputs[self.number] = whole
-        return whole
+            every = passage.watched[self.number] = every.detach().requires_grad_()
+        passage.outputs[self.number] = every
+        return every
 
 
 class StreamModel(nn.Module):
-    """A module around a vision transformer, or one alone, as a stream runs it.
+    """Vision transformer, or a module that contains one, in its streaming form.
 
     Attributes:
-        module: what was given. backbone: within it.
-        read: numbers of the layers whose outputs the module itself reads, ascending, and of the last.
+        module: The given module, patched in place.
+        backbone: Vision transformer in it.
+        read: Numbers of the layers whose outputs the module itself reads, ascending, always with the last layer.
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
-        """Take over a module, in place.
+        """Patch a module in place.
 
         Args:
-            module: called with images alone; it gives a tuple of tensors. example: an image as it takes them.
+            module: Module that is called with images only and returns a tuple of tensors.
+            example: Image as the module takes it.
 
         Raises:
-            UnsupportedModelError: a stream cannot run it; with the reason.
+            UnsupportedModelError: If the model has no streaming form.
         """
         super().__init__()
         self.backbone = backbone_of(module)
@@ -139,8 +173,8 @@ class StreamModel(nn.Module):
         if sparsity is not None and (sparsity.token_keep or sparsity.preset == "paper"):
             raise _refused("it prunes tokens" if sparsity.token_keep else "preset paper always selects its keys")
         self.module, self._call = restore_model(module), Call()
-        none = torch.empty(0, dtype=torch.long)
-        curve = TokenOrder(none, none, self.backbone.prefix)
+        unused = torch.empty(0, dtype=torch.long)
+        curve = TokenOrder(unused, unused, self.backbone.prefix)
         for number, (layer, attention) in enumerate(zip(self.backbone.layers, self.backbone.attentions, strict=True)):
             attention.__class__ = mix("StreamAttention", StreamAttention, type(attention))
             layer.__class__ = mix(f"Stream{type(layer).__name__}", StreamLayer, type(layer))
@@ -150,25 +184,32 @@ class StreamModel(nn.Module):
 
     @property
     def count(self) -> int:
-        """Tokens of an image, N, prefix included."""
+        """Number of tokens N of an image, prefix included."""
         return self.backbone.prefix + self.backbone.patches
 
     def embed(self, images: Tensor) -> Tensor:
-        """One image -> the tokens that enter the first layer, [1,N,C]."""
+        """Return the tokens [1,N,C] of one image that enter the first layer.
+
+        Raises:
+            UnsupportedModelError: If the tokens have another shape.
+        """
         self._call.passage = Passage()
         self.module(images)
         tokens, wanted = self._call.passage.tokens, (1, self.count, self.backbone.width)
         if tokens is None or tokens.shape != wanted:
             sizes = None if tokens is None else list(tokens.shape)
-            raise _refused(f"its layers get tokens {sizes} of one image, and not {list(wanted)}")
+            raise _refused(f"its layers receive tokens of shape {sizes} for one image instead of {list(wanted)}")
         return tokens
 
     def step(self, images: Tensor, passage: Passage) -> tuple[Tensor, ...]:
-        """What the module gives once some rows are computed anew; of these `passage` then has `new`, and of all tokens
-        `outputs` and, as `tokens`, what leaves the final norm.
+        """Compute the passage's rows and return the outputs of the module.
+
+        The passage then holds `new` for the computed rows, `outputs` for all tokens, and the tokens after the final
+        norm in `tokens`.
 
         Args:
-            images: for what reads pixels beside the transformer.
+            images: Images, for modules that read pixels besides the vision transformer.
+            passage: Inputs of the update; receives its results.
         """
         self._call.passage = passage
         outputs: tuple[Tensor, ...] = self.module(images)
@@ -176,7 +217,12 @@ class StreamModel(nn.Module):
         return outputs
 
     def whole(self, tokens: Tensor, read: Iterable[int] | None = None) -> Passage:
-        """What a step takes that computes all of an image's tokens [1,N,C], and keeps none of before."""
+        """Return the passage of a full frame, which computes all tokens and stores none.
+
+        Args:
+            tokens: Embedded tokens [1,N,C].
+            read: Numbers of the layers whose outputs are read. None takes the model's own.
+        """
         rows, (heads, dim, _) = torch.arange(self.count), self.backbone.geometry
         caches = [tokens.new_zeros(1, 1, 2 * heads * dim)] * len(self.backbone.layers)
         return Passage(
@@ -190,7 +236,7 @@ class StreamModel(nn.Module):
         )
 
     def _find_read(self, example: Tensor) -> tuple[int, ...]:
-        """By gradients: those that an output depends on; all where one has none, such as a map of classes."""
+        """Return the layers that an output depends on by gradient, or all layers if an output has no gradient."""
         every = range(len(self.backbone.layers))
         with torch.no_grad():
             passage = self.whole(self.embed(example), every)
@@ -206,4 +252,5 @@ class StreamModel(nn.Module):
 
 
 def _refused(reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"No stream runs this model: {reason}.", "Leave --stream out.")
+    """Return the error for a model without a streaming form."""
+    return UnsupportedModelError(f"Streaming does not support this model: {reason}.", "Leave --stream out.")

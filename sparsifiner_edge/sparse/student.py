@@ -1,4 +1,4 @@
-"""Students: sparse models as folders. `sparsify` makes one, `load_student` reads it."""
+"""Student folders, which store sparse models: `sparsify` writes one, `load_student` reads it."""
 
 from __future__ import annotations
 
@@ -40,35 +40,37 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 MAX_CALIBRATION_IMAGES = 32
+"""Most images that are used for calibration; more bring no further gain."""
 
 
 def make_student(dense: Student, sparsity: SparsityConfig) -> Student:
-    """Make a dense model sparse in place, with projections from its weights.
+    """Make a dense model sparse in place, with projections calibrated from its weights.
 
     Raises:
-        UnsupportedModelError, ConfigError: see `make_model_sparse`.
+        UnsupportedModelError: If the model cannot be made sparse; see `make_model_sparse`.
+        ConfigError: If the settings do not fit the model; see `make_model_sparse`.
     """
     make_model_sparse(dense.model, sparsity)
     calibrate_from_weights(dense.model)
-    how = replace(dense.provenance, calibration=Calibration("weights"))
-    return dataclasses.replace(dense, sparsity=sparsity, provenance=how)
+    provenance = replace(dense.provenance, calibration=Calibration("weights"))
+    return dataclasses.replace(dense, sparsity=sparsity, provenance=provenance)
 
 
 def calibrate_student(student: Student, folder: Path, progress: Progress | None = None) -> Student:
-    """Learn the predictor from at most 32 images below `folder`, evenly taken; see `in_memory.learn`.
+    """Calibrate the predictor from at most 32 images below `folder`, evenly sampled; see `in_memory.learn`.
 
     Raises:
-        ImageError: no images, or one of those taken cannot be read.
+        ImageError: If there are no images, or a sampled one cannot be read.
     """
-    taken = evenly(list_images(folder), MAX_CALIBRATION_IMAGES)
+    paths = evenly(list_images(folder), MAX_CALIBRATION_IMAGES)
     model, backbone = student.model, student.backbone
     size = size_of(*calibration_size(backbone, student.sparsity.preset))
-    # What is around a transformer takes images of its own size alone.
+    # A module around the transformer accepts images of its own size only.
     loaded = size if backbone.module is model else student.img_size
-    images = [normalise(torch.from_numpy(load_image(p, loaded))[None], student.normalisation) for p in taken]
+    images = [normalise(torch.from_numpy(load_image(p, loaded))[None], student.normalisation) for p in paths]
     learn(backbone, images if backbone.module is model else arriving(model, backbone, images), progress)
-    how = Calibration("images", len(taken), size, [p.name for p in taken])
-    return dataclasses.replace(student, provenance=replace(student.provenance, calibration=how))
+    calibration = Calibration("images", len(paths), size, [p.name for p in paths])
+    return dataclasses.replace(student, provenance=replace(student.provenance, calibration=calibration))
 
 
 def sparsify(
@@ -85,22 +87,22 @@ def sparsify(
     """Make a pretrained model sparse and write it as a student folder.
 
     Args:
-        model: timm's name, a folder or name of Hugging Face's, or "package.module:factory" (see `load_source`).
-        output: folder to write; an earlier student there is replaced.
-        weights: for timm's names: .safetensors or .pth with its key names; None lets timm download them.
-        img_size: pixels: a square's side, or height and width; None takes the model's own.
-        calibrate: folder of images to learn the predictor from; None takes the weights alone.
-        normalise: what the model expects of pixels / 255: (mean, std), three numbers each; False: nothing, it
-            normalises inside; None: what is recorded for a model of timm's or transformers', or what your own declares
-            as `image_mean` and `image_std`.
-        progress: see `Progress`; counts images.
-        options: what is sparse, such as `keep=0.25, merge=(160, 0)`; see `SparsityOptions`.
+        model: timm name, Hugging Face folder or name, or "package.module:factory" (see `load_source`).
+        output: Folder to write. An earlier student there is replaced.
+        weights: For timm names: .safetensors or .pth file with timm's key names. None lets timm download the weights.
+        img_size: Image size in pixels: the side of a square, or (height, width). None takes the model's own.
+        calibrate: Folder of images to calibrate the predictor. None uses the weights only.
+        normalise: Normalisation of pixels / 255 that the model expects: (mean, std) of three numbers each, or False if
+            the model normalises inside. None takes the normalisation recorded by timm or transformers, or the one that
+            your own module declares as `image_mean` and `image_std`.
+        progress: Callback that counts images; see `Progress`.
+        options: Sparsity settings, such as `keep=0.25, merge=(160, 0)`; see `SparsityOptions`.
 
     Returns:
         The folder.
 
     Raises:
-        SparsifinerError: see `errors.py`; nothing is written then.
+        SparsifinerError: If the model or a setting is unsuitable; see `errors.py`. Nothing is written in this case.
 
     Example:
         >>> folder = sparsify("test_vit", "student", weights="weights.safetensors", keep=0.5, merge=(4, 0))
@@ -109,7 +111,7 @@ def sparsify(
     """
     target = Path(output)
     require_replaceable(target, "student")
-    # Settings are checked before the weights are read: a typing mistake should not cost minutes.
+    # Check the settings before the weights are read, so that a typing error does not cost minutes.
     sparsity = SparsityConfig.for_preset(**options)
     if calibrate is not None:
         list_images(Path(calibrate))
@@ -123,15 +125,15 @@ def sparsify(
 
 
 def save_student(student: Student, output: Path) -> Path:
-    """Write a student folder, whole or not at all.
+    """Write a student folder, completely or not at all.
 
     Raises:
-        ArtifactError: labels that no student takes (see `ClassNames`), or the disk refuses.
+        ArtifactError: If the labels are not valid (see `ClassNames`), or the folder cannot be written.
     """
     check_labels(student.labels, "The student")
     state: dict[str, Tensor] = {k: v.contiguous() for k, v in student.model.state_dict().items()}
     with new_folder(output, "student") as folder:
-        # A file's own writes, not a memory map: a full disk is then an error and not a crash.
+        # Plain writes instead of a memory map: a full disk then raises an error instead of crashing the process.
         (folder / WEIGHTS_FILE).write_bytes(safetensors.torch.save(state))
         if student.host == "transformers":
             hugging_face.write_configuration(student.model, folder)
@@ -154,19 +156,22 @@ def save_student(student: Student, output: Path) -> Path:
 def load_student(
     folder: str | Path, img_size: ImageSize | None = None, budget: Budget | None = None, trust: Sequence[str] = ()
 ) -> Student:
-    """Read a student folder, optionally at another image size or with another budget than its own.
+    """Read a student folder, optionally with another image size or budget than its own.
 
     Args:
-        folder: written by `sparsify`. img_size: a square's side, or height and width; None: the student's own.
-        budget: keep, merge or prune in place of its own.
-        trust: modules whose functions may make the model: a student of a user's own factory names one.
+        folder: Folder written by `sparsify`.
+        img_size: Image size in pixels: the side of a square, or (height, width). None takes the student's own.
+        budget: Values of keep, merge or token_keep that replace the student's own.
+        trust: Modules whose functions may be called to create the model. A student made from a user's factory needs
+            one.
 
     Returns:
-        A `Student`: its `model` is a torch module; `sparsity`, `normalisation` and `img_size` say what it is.
+        A `Student`. Its `model` is a torch module; `sparsity`, `normalisation` and `img_size` describe it.
 
     Raises:
-        ArtifactError: no student, corrupt, altered, or of another version; it names a module that is not trusted.
-        SparsifinerError: its settings do not fit.
+        ArtifactError: If the folder is not a student, is corrupt, was altered, has another version, or requires a
+            module that is not trusted.
+        SparsifinerError: If the settings do not fit the model.
 
     Example:
         >>> student = load_student("student", budget=Budget(keep=0.5))
@@ -178,18 +183,20 @@ def load_student(
     sparsity = SparsityConfig.from_dict(config.sparsity)
     if config.labels and len(config.labels) != config.num_classes:
         raise ArtifactError(
-            f"{folder / STUDENT_FILE} names {len(config.labels)} labels for {config.num_classes} classes.",
+            f"{folder / STUDENT_FILE} has {len(config.labels)} labels for {config.num_classes} classes.",
             SPARSIFY_AGAIN,
         )
     if sha256(weights) != config.weights_sha256:
         raise ArtifactError(f"{weights} does not match its SHA-256.", SPARSIFY_AGAIN)
     state = read_weights(weights)
     model = _dense(folder, config, {k: v for k, v in state.items() if not is_predictor(k)}, img_size, trust)
-    # At another size the student's own rate may be too much: the one that is given counts.
+    # The student's own merge rate may be too high at another size, so a given rate replaces it first.
     sparsity = sparsity if budget.merge is None else dataclasses.replace(sparsity, merge=budget.merge)
     another_size = size_of(*backbone_of(model).image_size) != config.img_size
     if another_size and sparsity.preset == "paper" and not sparsity.is_dense:
-        raise ConfigError("The published predictor is tied to its tokens.", "Make a student of this size: sparsify.")
+        raise ConfigError(
+            "The predictor of preset 'paper' is tied to its image size.", "Make a student of this size with sparsify."
+        )
     make_model_sparse(model, sparsity)
     load_exactly(model, {k: v for k, v in state.items() if is_predictor(k)}, str(weights), is_predictor)
     student = Student(
@@ -206,13 +213,15 @@ def load_student(
 
 
 def size_like(source: str | Path, frame: tuple[int, int], trust: Sequence[str] = ()) -> ImageSize:
-    """The image size in the shape of frames (width, height) with about as many patches as a model has by itself.
+    """Return an image size with the aspect ratio of frames and about as many patches as the model has by default.
 
     Args:
-        source: a student's folder, or a model: see `sparsify`. trust: see `load_student`.
+        source: Student folder, or a model as in `sparsify`.
+        frame: Size of the frames (width, height) in pixels.
+        trust: Modules whose functions may be called; see `load_student`.
 
     Raises:
-        SparsifinerError: there is no such model.
+        SparsifinerError: If the model does not exist.
 
     Example:
         >>> size_like("vit_small_patch14_dinov2.lvd142m", (1920, 1080))
@@ -230,7 +239,7 @@ def size_like(source: str | Path, frame: tuple[int, int], trust: Sequence[str] =
             model = hugging_face.blank(name) if is_hugging_face(name) else on_paper(name)
     backbone = backbone_of(model)
     height, width = backbone.patch
-    ratio = frame[0] * height / (frame[1] * width)  # Of columns to rows.
+    ratio = frame[0] * height / (frame[1] * width)  # Ratio of patch columns to patch rows.
     rows = max(1, round(math.sqrt(backbone.patches / ratio)))
     return size_of(rows * height, max(1, round(rows * ratio)) * width)
 
@@ -238,29 +247,29 @@ def size_like(source: str | Path, frame: tuple[int, int], trust: Sequence[str] =
 def _dense(
     folder: Path, config: StudentConfig, state: StateDict, img_size: ImageSize | None, trust: Sequence[str]
 ) -> nn.Module:
-    """The model that a student was made of, with its own weights, for images of a size."""
+    """Return the dense model of a student with its own weights, for images of a given size."""
     source, make = str(folder / WEIGHTS_FILE), _maker(folder, config, trust)
     size = config.img_size if img_size is None else img_size
     if config.host != "factory":
         with torch.device("meta"):
-            # Before memory is taken: a student may name the largest model there is.
+            # Check before memory is allocated: the file may name a very large model.
             check_fit(make(config.img_size).state_dict(), state, source)
     model = make(config.img_size)
     load_exactly(model, state, source)
     resized = for_size(model, size)
     if config.host != "factory" or size == config.img_size:
         return resized
-    # What is around a transformer may be of its images' size too.
+    # A module around the transformer may depend on the image size, too.
     model = make(size)
     load_exactly(model, resized.state_dict(), source)
     return model
 
 
 def _maker(folder: Path, config: StudentConfig, trust: Sequence[str]) -> Callable[[ImageSize], nn.Module]:
-    """What makes a student's model for images of a size, without its weights.
+    """Return a function that creates a student's model for a given image size, without its weights.
 
     Raises:
-        ArtifactError: code that is not trusted would.
+        ArtifactError: If it would run code that is not trusted.
     """
     if config.host == "timm":
         return lambda size: create(config.model, size, config.num_classes)
@@ -269,26 +278,35 @@ def _maker(folder: Path, config: StudentConfig, trust: Sequence[str]) -> Callabl
     module = config.model.partition(":")[0]
     if module not in trust:
         raise ArtifactError(
-            f"{folder} is made by the code of {module!r}, which is run to load it.",
-            f"If you know that code, say so: --trust {module}.",
+            f"Loading {folder} runs the code of module {module!r}, which is not trusted.",
+            f"If you trust that code, give --trust {module}.",
         )
     if Path.cwd().joinpath(*module.split(".")).resolve().is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{folder} would bring the code of {module!r} itself.", "Call this where your own code is.")
+        raise ArtifactError(
+            f"The code of module {module!r} would be imported from {folder} itself.",
+            "Run the command in the folder of your own code.",
+        )
     return lambda size: call_factory(config.model, size)
 
 
 def is_predictor(key: str) -> bool:
-    """Whether a tensor of a student is its predictor's, by its name; a user's own module may be called `select`."""
+    """Return True if a tensor of a student belongs to a predictor, by its name.
+
+    The pattern is strict because a user's own module may be named `select`.
+    """
     return re.search(r"\.select\.(proj_[qk]|bias_[qk]|down|up)$", key) is not None
 
 
 def with_budget(
     student: Student, keep: Keep | None = None, token_keep: tuple[tuple[int, float], ...] | None = None
 ) -> Student:
-    """The student, its model changed in place, with another share of keys and tokens; None leaves its own.
+    """Change the shares of keys and tokens of a student's model in place; None leaves its own.
+
+    Returns:
+        The student with its new settings.
 
     Raises:
-        ConfigError: a share is out of range, or the student is dense, or would be.
+        ConfigError: If a share is out of range, or if a dense student would become sparse or a sparse one dense.
     """
     changes = {name: x for name, x in (("keep", keep), ("token_keep", token_keep)) if x is not None}
     if not changes:
@@ -297,7 +315,7 @@ def with_budget(
     if (sparsity.keep != 1 and student.sparsity.keep == 1) or sparsity.is_dense != student.sparsity.is_dense:
         raise ConfigError(
             "A sparse student cannot be made dense, nor a dense one sparse.",
-            "For a dense file export the model itself; for a sparse one use `sparsify`.",
+            "Export the model itself for a dense file; use `sparsify` for a sparse one.",
         )
     if not student.sparsity.is_dense:
         set_budget(student.model, sparsity)
@@ -305,59 +323,67 @@ def with_budget(
 
 
 def dense_twin(student: Student) -> Student:
-    """The student's own weights in its library's untouched model: its teacher, as long as nothing was trained."""
+    """Return the dense model with a student's weights. It is the student's teacher as long as nothing was trained."""
     dense = restore_model(copy.deepcopy(student.model))
     return dataclasses.replace(student, model=dense, sparsity=SparsityConfig(keep=1), labels=())
 
 
 def teacher_of(student: Student, name: str | None, weights: Path | None) -> Student:
-    """What a student is held against: a dense model by name, or its own weights where it was never trained.
+    """Return the dense model with which a student is compared.
+
+    Args:
+        student: Student to compare.
+        name: Source of the teacher. None takes the student's own weights, which requires that it was never trained.
+        weights: Weight file of the teacher.
 
     Raises:
-        ConfigError: a trained student's teacher is not named, or weights of none are; another architecture.
-        SparsifinerError: see `load_source`.
+        ConfigError: If the teacher of a trained student is not named, if weights are given without a name, or if the
+            teacher has another architecture.
+        SparsifinerError: If the teacher cannot be loaded; see `load_source`.
     """
     if name is None:
         if weights is not None:
-            raise ConfigError("--weights are the teacher's, and none is named.", "Name it: --teacher MODEL.")
+            raise ConfigError(
+                "--weights applies to the teacher, but no teacher is named.", "Name it with --teacher MODEL."
+            )
         if student.provenance.training is not None:
             raise ConfigError(
-                "This student was trained: its weights are no longer its teacher's.",
-                "Name the teacher: --teacher MODEL --weights FILE.",
+                "This student was trained, so its weights are no longer those of its teacher.",
+                "Name the teacher with --teacher MODEL --weights FILE.",
             )
         return dense_twin(student)
-    # A function's own module may leave to its student what both expect.
+    # The module of a factory may not declare a normalisation. It then expects the same as its student.
     pixels = student.normalisation if is_factory(name) else None
     teacher = load_source(name, weights, student.img_size, pixels)
-    for (what, value), (_, ours) in zip(_traits(teacher), _traits(student), strict=True):
-        if value != ours and not (what == "classes" and 0 in (value, ours)):
+    for (trait, value), (_, ours) in zip(_traits(teacher), _traits(student), strict=True):
+        if value != ours and not (trait == "classes" and 0 in (value, ours)):
             raise ConfigError(
-                f"The teacher {name} has {value} {what}, the student {ours}.",
+                f"The teacher {name} and the student differ in {trait}: {value} and {ours}.",
                 "Give a teacher of the student's architecture.",
             )
     return teacher
 
 
 def _traits(student: Student) -> list[tuple[str, object]]:
-    """What must agree for tokens to be compared; both see the same normalised images."""
+    """Return the properties that must agree for tokens to be comparable."""
     backbone = student.backbone
     return [
-        ("mean and standard deviation of pixels", student.normalisation),
+        ("normalisation", student.normalisation),
         ("channels", backbone.width),
         ("patches", backbone.patches),
-        ("tokens before them", backbone.prefix),
+        ("prefix tokens", backbone.prefix),
         ("classes", backbone.classes),
     ]
 
 
 def refuse_normalisation(normalise: object) -> None:
-    """Of a student, or where there is no model.
+    """Refuse a normalisation where a student or bundle brings its own, or where there is no model.
 
     Raises:
-        ConfigError: it is not None.
+        ConfigError: If `normalise` is not None.
     """
     if normalise is not None:
         raise ConfigError(
-            "--mean, --std and --no-normalise (in Python normalise) are of a model: a student or bundle has its own.",
+            "--mean, --std and --no-normalise (in Python: normalise) apply to models; a student or bundle has its own.",
             "Leave them out.",
         )

@@ -1,4 +1,4 @@
-"""A student's file: what it says of itself, as types."""
+"""Types of the JSON file in a student folder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,31 @@ from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.records import read_record
 
 SPARSIFY_AGAIN = "Make the student again: sparsifiner-edge sparsify MODEL -o STUDENT/"
+"""Fix for a student folder that cannot be used."""
 HostKind = Literal["timm", "transformers", "factory"]
-"""Where a model is from: a name of timm's, a configuration of transformers', or a user's own function."""
+"""Kind of model source: a timm name, a transformers configuration, or a user's own factory."""
 ClassNames = tuple[Annotated[str, Meta(pattern=r"^[^\ud800-\udfff]{1,1000}$")], ...]
-"""ImageNet's longest has 130 characters. Surrogates stand for bytes in a folder's name that are not UTF-8."""
+"""Class names of a classifier, at most 1000 characters each.
+
+The longest name in ImageNet has 130 characters. Surrogates are refused: they stand for bytes of a folder name that are
+not UTF-8.
+"""
 
 
 class _Labels(msgspec.Struct):
-    """Names of a classifier's classes, alone."""
+    """Class names only."""
 
     labels: ClassNames
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):
-    """A file by name and SHA-256, or where else they are from."""
+    """Origin of weights: a file with its SHA-256, or another source.
+
+    Attributes:
+        file: Name of the file.
+        sha256: SHA-256 of the file.
+        origin: Source of weights that do not come from a file, `from` in JSON.
+    """
 
     file: str | None = None
     sha256: str | None = None
@@ -35,11 +46,13 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """What the predictor was learnt from.
+    """Data from which the predictor was calibrated.
 
     Attributes:
-        origin: "weights" alone, or "images".
-        images: how many. img_size: pixels at which it learnt. files: their names.
+        origin: "weights" or "images", `from` in JSON.
+        images: Number of images.
+        img_size: Image size in pixels during calibration.
+        files: Names of the image files.
     """
 
     origin: str = msgspec.field(name="from")
@@ -49,11 +62,14 @@ class Calibration(msgspec.Struct, frozen=True):
 
 
 class Provenance(msgspec.Struct, frozen=True):
-    """What is known of a student's making.
+    """Record of how a student was made.
 
     Attributes:
-        tools: package -> version.
-        training: JSON of `distill.distill.TrainingSummary`, as the version that trained wrote it; None: never trained.
+        weights: Origin of the model's weights.
+        calibration: Data from which the predictor was calibrated.
+        tools: Version of each package that was used.
+        training: JSON of `distill.distill.TrainingSummary`, in the form of the version that trained it. None without
+            training.
     """
 
     weights: Weights | None = None
@@ -63,14 +79,22 @@ class Provenance(msgspec.Struct, frozen=True):
 
 
 class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A student's file.
+    """Content of the JSON file in a student folder.
 
     Attributes:
-        host: where the model is from. model: timm's name, transformers' class (its configuration lies beside), or the
-            function as "package.module:function".
-        img_size: pixels, one number for a square. sparsity: see `SparsityConfig.from_dict`.
-        normalisation: what the model expects of pixels. outputs: names for what it gives; None: its own.
-        weights_sha256: of the file beside it.
+        schema_version: Version of the file format.
+        kind: Always "student".
+        host: Kind of source that the model comes from.
+        model: timm name, transformers class (with its configuration in the same folder), or factory as
+            "package.module:function".
+        img_size: Image size in pixels: one number for a square, else (height, width).
+        num_classes: Number of classes, or 0 without a classifier.
+        labels: Class names.
+        normalisation: Normalisation of pixels that the model expects.
+        outputs: Output names. None takes the module's own.
+        sparsity: Sparsity settings; see `SparsityConfig.from_dict`.
+        provenance: Record of how the student was made.
+        weights_sha256: SHA-256 of the weight file in the same folder.
     """
 
     schema_version: int = STUDENT_SCHEMA
@@ -88,10 +112,10 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_config(folder: Path) -> StudentConfig:
-    """What a student folder says of itself, without its weights.
+    """Read the JSON file of a student folder, without the weights.
 
     Raises:
-        ArtifactError: no student, corrupt, or of another version.
+        ArtifactError: If the folder is not a student, is corrupt, or has another version.
     """
     require_kind(folder, "student")
     path = folder / STUDENT_FILE
@@ -99,12 +123,14 @@ def read_config(folder: Path) -> StudentConfig:
 
 
 def check_labels(labels: object, origin: object, fix: str = SPARSIFY_AGAIN) -> tuple[str, ...]:
-    """Names of classes as a student takes them; see `ClassNames`.
+    """Return class names after checking that a student can store them; see `ClassNames`.
 
     Args:
-        labels: whatever was read. origin, fix: where, and what to do, for the message.
+        labels: Any value that was read.
+        origin: Source of the labels, for the error message.
+        fix: Instruction for the error message.
 
     Raises:
-        ArtifactError: something else.
+        ArtifactError: If the labels are not valid class names.
     """
     return read_record({"labels": labels}, _Labels, origin, fix).labels

@@ -1,4 +1,4 @@
-"""The smallest of bundles, which is given what is wrong, or made so."""
+"""The smallest of bundles, for tests that damage it or run it wrongly."""
 
 from __future__ import annotations
 

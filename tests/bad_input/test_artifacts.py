@@ -1,4 +1,4 @@
-"""Bundles and students that were changed or damaged, and what is none. Those changed at random: tests.fuzz."""
+"""Tests of changed or damaged bundles and sparse models, and of other files. Random changes: tests.fuzz."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("change", "said"),
     [
         (lambda m: m.pop("schema_version"), "has no schema_version"),
-        (lambda m: m.update(schema_version=2), "schema 2; this version reads 3 alone"),
+        (lambda m: m.update(schema_version=3), "schema 3; this version reads only 4"),
         (lambda m: m.update(kind="student"), "is not a bundle's manifest"),
         (lambda m: m["files"].pop("model.onnx"), "is not a bundle's manifest"),
         (lambda m: m["preprocessing"].update(fit="pad"), "preprocessing.fit is"),
@@ -63,8 +63,11 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m["shape"].update(depth=10**300), "shape.depth is 1000000"),
         (lambda m: m.update(more=float("inf")), "more is inf"),
         (lambda m: m.update(intended={"backend": "os:system\n"}), "intended.backend is"),
-        (lambda m: m.update(intended={"backend": "openvino", "precision": "int1"}), "intended.precision is"),
-        (lambda m: m.update(intended={"precision": "bf16"}), "intended.backend is missing"),
+        (
+            lambda m: m.update(intended={"backend": "openvino", "compute_precision": "int1"}),
+            "intended.compute_precision is",
+        ),
+        (lambda m: m.update(intended={"compute_precision": "bf16"}), "intended.backend is missing"),
     ],
 )
 def test_a_bundle_with_another_manifest(change: Change, said: str, bundle: Path, pictures: Path, capsys: Any) -> None:
@@ -85,7 +88,7 @@ def drop_outputs(folder: Path) -> None:
         (lambda b: flip(b / "model.onnx"), "model.onnx does not match its SHA-256"),
         (lambda b: (b / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)), "model.onnx is not an ONNX file"),
-        (lambda b: (drop_outputs(b), reseal(b)), "gives other; needed are logits, features"),
+        (lambda b: (drop_outputs(b), reseal(b)), "outputs other; logits, features or a dense map are needed"),
         (lambda b: (shutil.rmtree(b), b.write_text("x")), "is not a folder"),
     ],
 )
@@ -112,14 +115,14 @@ def test_what_is_for_people_may_lack_anything_and_hold_more(entry: str, tmp_path
     ("make", "said"),
     [
         (os.mkfifo, "is not a regular file"),
-        (lambda path: path.symlink_to("/dev/null"), "outside itself"),
+        (lambda path: path.symlink_to("/dev/null"), "outside the bundle"),
         (lambda path: path.symlink_to(path), "cannot be read: Symlink loop"),
         (lambda path: (path.touch(), os.truncate(path, (1 << 26) + 1)), "has more than 67108864 bytes"),
         (lambda path: path.write_text('{"schema_version": ' + "1" * 5000 + "}"), "cannot be read"),
     ],
 )
 def test_a_manifest_that_would_never_end(make: Callable[[Path], object], said: str, bundle: Path) -> None:
-    """In a process of its own, since a reader of a pipe waits."""
+    """Runs in a separate process, since a reader of a pipe waits."""
     (bundle / BUNDLE_FILE).unlink()
     make(bundle / BUNDLE_FILE)
     outcome = process("package", bundle, "--for", "triton", "-o", bundle.parent / "out", timeout=60)
@@ -146,7 +149,7 @@ def export_refused(capsys: Capsys, student: Path, target: Path, *texts: str) -> 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c.update(schema_version=1), "schema 1; this version reads 2 alone"),
+        (lambda c: c.update(schema_version=2), "schema 2; this version reads only 3"),
         (lambda c: c.update(model="resnet18"), "is a ResNet"),
         (lambda c: c.update(model="vit_giant_patch14_dinov2.lvd142m"), "not a multiple of the patch size 14"),
         (lambda c: c.update(img_size=16 * 2**60), "image size 18446744073709551616 is too large"),
@@ -169,7 +172,7 @@ def test_a_student_with_other_settings(change: Change, said: str, student: Path)
     ("damage", "said"),
     [
         (lambda s: (s / STUDENT_FILE).write_text("[" * 100_000), "config.json cannot be read"),
-        (lambda s: (s / STUDENT_FILE).unlink(), "is not a student"),
+        (lambda s: (s / STUDENT_FILE).unlink(), "is neither a student"),
         (lambda s: (s / WEIGHTS_FILE).unlink(), "model.safetensors does not exist"),
         (lambda s: flip(s / WEIGHTS_FILE), "model.safetensors does not match its SHA-256"),
     ],
@@ -204,7 +207,7 @@ def test_labels_are_one_line_each_in_a_bundle(student: Path, tmp_path: Path) -> 
 
 def test_what_is_no_source_of_an_export(tmp_path: Path, tiny_bundle: Path, capsys: Capsys) -> None:
     target = tmp_path / "bundle"
-    export_refused(capsys, tiny_bundle, target, "is a bundle, not a student", "Give its student")
+    export_refused(capsys, tiny_bundle, target, "is a bundle, not a student", "Give the student folder")
     export_refused(capsys, tmp_path / "nowhere", target, "nowhere does not exist", "docs/models.md")
 
 
@@ -220,13 +223,13 @@ NORM = "student/norm.weight"
 
 @pytest.fixture(scope="module")
 def begun(once: Once) -> Path:
-    """A folder with a student `start`, images `data`, and a training of `out` that was stopped."""
+    """Folder with a sparse model `start`, images `data`, and an interrupted training of `out`."""
     return once("begun", lambda folder: make(folder, ("training",)))
 
 
 @pytest.fixture(scope="module")
 def training(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """What would resume it."""
+    """The training that would resume it."""
     plan, found = read_recipe("cpu", SHORT), load_student(begun / "start")
     source, work = folder_source(begun / "data", 2, False, None), tmp_path_factory.mktemp("work")
     return Training(make_accelerator(plan), found, dense_twin(found), source, plan, work)
@@ -234,7 +237,7 @@ def training(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
 
 @pytest.fixture
 def saved(begun: Path) -> tuple[TrainingState, dict[str, torch.Tensor]]:
-    """The same as read, to be changed."""
+    """The saved checkpoint, loaded anew for each test."""
     return checkpoint.load(begun / "out.training")
 
 
@@ -255,7 +258,7 @@ FOREIGN = "does not belong to this training"
     [
         (lambda s, _: setattr(s, "step", 99), "steps do not belong to this training"),
         (lambda s, _: setattr(s, "start", None), "steps do not belong to this training"),
-        (lambda s, _: s.fingerprint.update(seed=7), "began with other seed: 7, now 0"),
+        (lambda s, _: s.fingerprint.update(seed=7), "differs in seed: it began with 7, now it is 0"),
         (lambda _, t: t.pop("best/norm.weight"), f"'best/norm.weight' {FOREIGN}"),
         (lambda _, t: t.update({NORM: torch.zeros(3)}), f"{NORM!r} {FOREIGN}"),
         (lambda _, t: t[NORM].fill_(torch.inf), f"{NORM!r} {FOREIGN}"),
@@ -289,7 +292,7 @@ def test_of_a_history_what_is_one_stays(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, TrainingState(), {"x": torch.zeros(10)})
     before, limits = snapshot(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # What a full disk does, without one.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # The effect of a full disk, without one.
     try:
         with pytest.raises(ArtifactError, match=r"checkpoint\.safetensors cannot be written: .*File too"):
             checkpoint.save(tmp_path, TrainingState(), {"x": torch.zeros(1_000_000)})

@@ -1,4 +1,4 @@
-"""Outputs that are no place, are not ours, or lie on a full disk, and signals: nothing is half-written or lost."""
+"""Tests of invalid or foreign output paths, full disks and signals: no output is partial or lost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OCCUPIED = {
 
 @pytest.fixture
 def start(command: str, tiny_student: Path, tiny_weights: Path) -> list[Any]:
-    """The command's words but for its output."""
+    """Return the command's arguments without the output."""
     return ["sparsify", TINY, "--weights", tiny_weights] if command == "sparsify" else ["export", tiny_student]
 
 
@@ -94,7 +94,7 @@ def test_errors_anywhere_become_messages(error: Exception, monkeypatch: Any, tmp
     monkeypatch.setattr("sparsifiner_edge.camera.service.Model", fail)
     assert_refused(call(capsys, "run", tmp_path, "--source", tmp_path))
     monkeypatch.setattr("sparsifiner_edge.camera.service.Model", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # A bug stays a traceback.
+    with pytest.raises(ZeroDivisionError):  # A bug keeps its traceback.
         main(["run", str(tmp_path), "--source", str(tmp_path)])
 
 
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_what_was_there(
     command: str, earlier: bool, start: list[Any], tiny_student: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     old = tiny_student if command == "sparsify" else tiny_bundle
-    # Room for the earlier folder and for half of a new one.
+    # Space for the earlier folder and for half of a new one.
     size = (sum(4 * -(-p.stat().st_size // 4096) for p in old.iterdir()) + 64) * (3 if earlier else 1) // 2
     prepare = f"cp -r {old} target" if earlier else "true"
     outcome, names = in_mount(tmp_path, size, prepare, *start, "-o", "disk/target")
@@ -126,7 +126,7 @@ def test_results_on_a_full_or_read_only_disk(
     )
     outcome, names = in_mount(tmp_path, 64, f"echo old > result; {fill}", command, bundle, *more, "disk/result")
     reason = "No space left on device" if state == "full" else "Read-only file system"
-    # What was measured is shown all the same: the reader keeps the figures.
+    # The measurement is printed nevertheless, so the figures are not lost.
     figures = outcome.out if command == "profile" else ""
     assert ("p50 (median), ms" in figures) == (command == "profile")
     assert_refused(outcome, f"cannot be written: {reason}", "Free space or choose another place", out=figures)
@@ -148,7 +148,7 @@ def test_a_folder_is_replaced_and_nothing_else_is_left(
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    """Leftovers of one output, known by their name and by a lock that nobody holds."""
+    """Leftovers of an output are recognised by their name and by a lock that nobody holds."""
     target = tmp_path / "result.json"
     dead, folder = tmp_path / ".result.json.0123abcd.tmp", tmp_path / ".result.json.89abcdef.tmp"
     dead.write_text("half")
@@ -178,7 +178,7 @@ def test_a_signal_at_any_moment(
     with subprocess.Popen(
         [*PROGRAM, *map(str, start), "-o", str(target)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
-        deadline = time.monotonic() + random.uniform(1, 9)  # The moment is the point; while it writes, at the latest.
+        deadline = time.monotonic() + random.uniform(1, 9)  # The moment matters; at the latest while it writes.
         while run.poll() is None and time.monotonic() < deadline and not list(tmp_path.glob(".*")):
             time.sleep(0.002)
         run.send_signal(number)
@@ -191,14 +191,14 @@ def test_a_signal_at_any_moment(
         assert command == "sparsify" or open_bundle(target)
     else:
         assert run.returncode == 128 + number, remarks
-        # Before it, NumPy may say that its import was cut short.
+        # Before that, NumPy may report that its import was interrupted.
         assert remarks.endswith("error: interrupted; no partial files were left.\n")
         assert out == ""
         assert snapshot(target) == before
 
 
 def test_a_signal_while_folders_are_swapped_waits(tmp_path: Path, tiny_student: Path) -> None:
-    """Swapped whole, then the signal is heard; with an earlier folder in place."""
+    """The swap completes before the signal takes effect; an earlier folder exists."""
     folder = Path(shutil.copytree(tiny_student, tmp_path / "student"))
     code = (
         "import os, signal, sys\n"

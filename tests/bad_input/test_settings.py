@@ -1,5 +1,6 @@
-"""Models, weights, settings, boards, images and numbers that do not serve: a message that names the value and says what
-to do.
+"""Tests of invalid models, weights, settings, boards, images and numbers.
+
+Each message names the value and the remedy.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from tests.models import TINY, vit
 
 Capsys = pytest.CaptureFixture[str]
 DIGITS = "9" * 5000
-"""More than Python's own reader takes."""
+"""More digits than Python's own reader accepts."""
 
 
 @pytest.fixture
 def sparsify(tmp_path: Path, tiny_weights: Path, capsys: Capsys) -> Callable[..., Outcome]:
-    """`sparsify` in this process; afterwards there is no output, and nothing else beside it."""
+    """Run `sparsify` in this process; there must be no output afterwards, and no other file."""
 
     def run(*arguments: Any, model: str = TINY, weights: Path = tiny_weights) -> Outcome:
         target = tmp_path / "target"
@@ -98,13 +99,13 @@ def truncated(path: Path) -> None:
         ("w.safetensors", lambda p: None, ["does not exist"]),
         ("w.safetensors", lambda p: p.write_bytes(b""), ["cannot be read as weights"]),
         ("w.safetensors", lambda p: p.write_bytes(struct.pack("<Q", 1 << 62) + b"{}"), ["cannot be read as weights"]),
-        ("w.safetensors", truncated, ["cannot be read as weights", "make it again"]),
+        ("w.safetensors", truncated, ["cannot be read as weights", "create the file again"]),
         ("w.safetensors", weights_with(lambda _: None, "test_vit3"), ["does not fit this model", "same architecture"]),
         ("w.safetensors", weights_with(lambda s: s.pop("cls_token")), ["missing cls_token; left over nothing"]),
         ("w.safetensors", weights_with(lambda s: s.update({"cls_token": torch.ones(3)})), ["cls_token has shape [3]"]),
         ("w.safetensors", weights_with(lambda s: s["norm.bias"].fill_(torch.nan)), ["norm.bias holds NaN"]),
-        ("w.pth", lambda p: p.write_text("Not Found"), ["damaged, or a pickle that holds more than tensors"]),
-        ("w.pth", lambda p: torch.save(vit(), p), ["holds more than tensors", "best as .safetensors"]),
+        ("w.pth", lambda p: p.write_text("Not Found"), ["damaged, or is a pickle with more than tensors"]),
+        ("w.pth", lambda p: torch.save(vit(), p), ["pickle with more than tensors", "preferably as .safetensors"]),
     ],
 )
 def test_weights_that_do_not_serve(
@@ -119,7 +120,7 @@ def test_weights_that_do_not_serve(
 def test_code_in_a_pickle_is_not_run(save: Any, tmp_path: Path, sparsify: Callable[..., Outcome]) -> None:
     path, marker = tmp_path / "w.pth", tmp_path / "marker"
     save({"cls_token": Evil(marker)}, path)
-    assert_refused(sparsify(weights=path), str(path), "nothing in it was run")
+    assert_refused(sparsify(weights=path), str(path), "No code in it was run")
     assert not marker.exists()
 
 
@@ -127,7 +128,7 @@ def test_code_in_a_pickle_is_not_run(save: Any, tmp_path: Path, sparsify: Callab
     ("options", "said"),
     [
         ("--keep 1.5", "keep is 1.5, not float <= 1.0"),
-        ("--set tile=10 --set probe=4", "tile 10 is not a multiple of probe 4"),
+        ("--set tile=10 --set query_pool=4", "tile 10 is not a multiple of query_pool 4"),
         (f"--set tile={'9' * 30}", "tile is 999"),
         ("--preset paper --set tile=16", "tile is 16, but the preset 'paper' has 1"),
         ("--token-keep 3:nan", "token_keep[0][1] is NaN, not float > 0.0"),
@@ -160,7 +161,7 @@ def test_numbers_that_no_command_takes(command: str, said: str, bundle: Path, ca
         ("--batch ²", "is ²"),
         (f"--batch {DIGITS}", "is 99"),
         ("--img-size 96x100", "image width 100 is not a multiple of the patch size 16"),
-        ("--weights w.safetensors", "--weights cannot be combined with a student"),
+        ("--weights w.safetensors", "--weights cannot be combined with a sparse model"),
     ],
 )
 def test_exports_that_cannot_be(options: str, said: str, tiny_student: Path, tmp_path: Path, capsys: Capsys) -> None:
@@ -169,7 +170,7 @@ def test_exports_that_cannot_be(options: str, said: str, tiny_student: Path, tmp
 
 
 def test_the_same_from_python(tmp_path: Path) -> None:
-    for fields in ({"keep": True}, {"keep": 10**400}, {"token_keep": [[True, 0.5]]}, {"tile": 2**40, "probe": 1}):
+    for fields in ({"keep": True}, {"keep": 10**400}, {"token_keep": [[True, 0.5]]}, {"tile": 2**40, "query_pool": 1}):
         with pytest.raises(ConfigError):
             SparsityConfig.from_dict(fields)
     assert type(SparsityConfig.from_dict({"value_power": 7}).value_power) is float, "as operators take them"
@@ -190,7 +191,7 @@ def test_the_same_from_python(tmp_path: Path) -> None:
 
 BOARD = importlib.resources.files("sparsifiner_edge.boards").joinpath("jetson-orin-nano-8gb.toml").read_text()
 
-# Boards and recipes. Those that are changed at random are tried by tests.fuzz.
+# Boards and recipes. Random changes are covered by tests.fuzz.
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_boards_with_values_that_are_none(old: str, new: str, message: str) -> N
 
 
 def bitmap(side: int) -> bytes:
-    """A BMP that claims a size and holds nearly nothing."""
+    """Return a BMP that declares a size and contains almost nothing."""
     return struct.pack("<2sIHHIIiiHHIIIIII", b"BM", 1054, 0, 0, 54, 40, side, side, 1, 24, *[0] * 6) + bytes(1000)
 
 
@@ -237,12 +238,16 @@ def test_an_image_that_cannot_be_read(name: str, bundle: Path, tmp_path: Path, c
 
 
 def test_what_is_no_file_or_another_programs(tmp_path: Path) -> None:
-    """Nobody writes into the pipe; EPS is what Pillow starts another program for, whatever the file is called."""
+    """Nobody writes into the pipe; Pillow starts another program for EPS, whatever the file name."""
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
     (tmp_path / "x.eps").rename(tmp_path / "eps.png")
-    for name, text in (("pipe", "not a regular file"), ("zero", "not a regular file"), ("eps", "it is none of BMP,")):
+    for name, text in (
+        ("pipe", "not a regular file"),
+        ("zero", "not a regular file"),
+        ("eps", "its format is none of BMP,"),
+    ):
         for read in (open_image, lambda path: load_image(path, 8)):
             with pytest.raises(ImageError, match=rf"{name}\.png cannot be read as an image: .*{text}"):
                 read(tmp_path / f"{name}.png")

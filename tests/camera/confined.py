@@ -1,9 +1,9 @@
-"""What a decoding process that was taken over would try; run by test_confined.py in a process of its own.
+"""Attempts of a compromised decoding process; test_confined.py runs this program in a separate process.
 
-Standard input: JSON with `folder` (where everybody may write), `other` and `port` (of TCP servers on 127.0.0.1),
-`user` (an ordinary one, to become before), `landlock` (a version, null for all, 0 for none: the same tries,
-unconfined). Standard output: JSON, what each try came to, "done" or the error's name. The last try is to become another
-program.
+Standard input: JSON with `folder` (writable by everybody), `other` and `port` (of TCP servers on 127.0.0.1), `user` (an
+ordinary user to switch to first), `landlock` (a version, null for all, 0 for none: the same attempts, unconfined).
+Standard output: JSON with the outcome of each attempt, "done" or the name of the error. The last attempt is to execute
+another program.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparsifiner_edge.camera import confine
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 MARK = ctypes.create_string_buffer(b"untouched")
-"""At this address in the parent, too."""
+"""Has the same address in the parent."""
 
 
 def write_through_proc(pid: int) -> None:
@@ -74,7 +74,7 @@ def become(user: int) -> None:
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
-    LIBC.prctl(4, 1, 0, 0, 0)  # Readable by its own user again, as a process that was started by one.
+    LIBC.prctl(4, 1, 0, 0, 0)  # Readable by its own user again, as if that user had started it.
 
 
 def main() -> None:

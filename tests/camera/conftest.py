@@ -1,4 +1,4 @@
-"""Bundles, videos, services and what they say, as several tests of the camera have them."""
+"""Fixtures for tests of the camera: bundles, videos, services and their output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UNSURE = 0.2
 
 
 def number_of(brightness: Sequence[float]) -> int | None:
-    """The number that cells of mean brightness 0-255, at least the first 32 of the grid, say; None if they do not."""
+    """Return the number encoded by squares of mean brightness 0-255 (at least the first 32), or None if invalid."""
     levels = brightness[: pattern.CELLS]
     if any(abs(level / 255 - 0.5) < _UNSURE for level in levels):
         return None
@@ -41,11 +41,11 @@ def number_of(brightness: Sequence[float]) -> int | None:
 
 
 def make_cells_bundle(folder: Path, work: int = 1) -> Path:
-    """A bundle whose features are the brightness of the image's 8 x 8 cells, so that the number which a frame carries
-    (see `sparsifiner_edge.camera.pattern`) comes out of the whole chain, model included.
+    """Write a bundle whose features are the mean brightness of the image's 8 x 8 squares.
 
-    `image` uint8 [1,64,64,3] -> `features` [1,64]; work: of how many copies of an image the mean is taken, which costs
-    time as a model does.
+    The number in a frame (see `sparsifiner_edge.camera.pattern`) thus passes through the complete pipeline, model
+    included. `image` uint8 [1,64,64,3] -> `features` [1,64]. `work` is the number of image copies that are averaged,
+    which costs time like a model.
     """
     folder.mkdir(parents=True)
     model = onnx.parser.parse_model(f"""
@@ -76,7 +76,7 @@ def cells(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def video(once: Once) -> Path:
-    """Thirty numbered frames."""
+    """Video of thirty numbered frames."""
     frames = [draw_pattern(n, 320, 240) for n in range(30)]
     return once("video", lambda folder: encode(folder / "numbered.mp4", frames)) / "numbered.mp4"
 
@@ -93,7 +93,7 @@ def encode(path: Path, pictures: list[np.ndarray[Any, Any]], codec: str = "libx2
 
 
 def lines(text: str) -> list[dict[str, Any]]:
-    """Whole lines of JSON as others read it: without NaN."""
+    """Parse complete lines of strict JSON, without NaN."""
     assert text == "" or text.endswith("\n")
     return [strict_json(line) for line in text.split("\n")[:-1]]
 
@@ -124,13 +124,13 @@ def get(address: str) -> tuple[int, str]:
 
 
 def metric(address: str, name: str) -> float:
-    """The value of one of the metrics."""
+    """Return the value of one metric."""
     values = dict(line.rsplit(" ", 1) for line in get(address)[1].splitlines() if not line.startswith("#"))
     return float(values[f"sparsifiner_{name}"])
 
 
 class Service:
-    """`sparsifiner-edge run` in a process of its own."""
+    """`sparsifiner-edge run` in a separate process."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         line = [str(x) for x in (*PROGRAM, "run", *arguments)]
@@ -143,7 +143,7 @@ class Service:
         return dict(json.loads(line))
 
     def event(self, **wanted: Any) -> dict[str, Any]:
-        """The next event with these fields."""
+        """Return the next event with these fields."""
         for line in self.process.stderr:
             event = json.loads(line)
             if wanted.items() <= event.items():
@@ -151,12 +151,12 @@ class Service:
         raise AssertionError(f"no event {wanted}")
 
     def decoder(self) -> int:
-        """The decoding process; while a source is lost, between two of them there is none."""
+        """Return the decoding process; while a source is lost, there may be none."""
         tasks = Path(f"/proc/{self.process.pid}/task")
         return int(wait_for(lambda: " ".join(path.read_text() for path in tasks.glob("*/children")).split())[0])
 
     def finish(self, seconds: float = 20) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
-        """SIGTERM; exit code, what records and what events were left."""
+        """Send SIGTERM; return the exit code, the remaining records and the remaining events."""
         self.process.terminate()
         out, err = self.process.communicate(timeout=seconds)
         assert "Traceback" not in err
@@ -165,7 +165,7 @@ class Service:
 
 @pytest.fixture
 def service() -> Iterator[Any]:
-    """Starts services and ends what is left of them."""
+    """Starts services and ends those that still run."""
     started: list[Service] = []
 
     def start(*arguments: Any, **options: Any) -> Service:

@@ -1,8 +1,8 @@
-"""A real RTSP server on 127.0.0.1 for tests and measurements; run by a Python that has gi and GstRtspServer.
+"""RTSP server on 127.0.0.1 for tests and measurements, run by a Python with gi and GstRtspServer.
 
-Each image carries the milliseconds of the monotonic clock at which it was drawn (see `camera.pattern`),
-H.264 encoded without delay. Usage: rtsp_server.py PORT [basic|digest]: it asks for a password, `us@er` and `p ss:/`,
-that way.
+Each image carries the monotonic time in milliseconds at which it was drawn (see `camera.pattern`), encoded as H.264
+without delay. Usage: rtsp_server.py PORT [basic|digest]. With a method, the server requires user `us@er` and password
+`p ss:/`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import gi
 gi.require_version("Gst", "1.0")
 gi.require_version("GstRtsp", "1.0")
 gi.require_version("GstRtspServer", "1.0")
-# The module alone that draws numbers: this Python need not have the package's dependencies.
+# Load only the module that draws numbers: this Python may lack the package's dependencies.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "sparsifiner_edge" / "camera"))
 import pattern  # noqa: E402
 from gi.repository import GLib, Gst, GstRtsp, GstRtspServer  # noqa: E402
@@ -32,7 +32,7 @@ ENCODE = (
 
 
 def draw(number: int) -> bytes:
-    """I420: the cells of `number` on grey."""
+    """Return an I420 image with the squares of `number` on grey."""
     cell, left = HEIGHT // pattern.GRID, (WIDTH - HEIGHT) // 2
     cells = pattern.cells_of(number)
     rows = [b"\x60" * WIDTH] * HEIGHT
@@ -44,7 +44,7 @@ def draw(number: int) -> bytes:
 
 
 def push(source: Any) -> None:
-    """Feed images until the pipeline has gone."""
+    """Feed images until the pipeline stops."""
     start, number = time.monotonic(), 0
     while True:
         time.sleep(max(0.0, start + number / FPS - time.monotonic()))
@@ -55,7 +55,7 @@ def push(source: Any) -> None:
 
 
 def ask_for_password(server: Any, factory: Any, way: str) -> None:
-    """Let only USER in, who proves PASSWORD by `way`: basic or digest."""
+    """Admit only USER with PASSWORD, by HTTP authentication `way`: basic or digest."""
     allowed = GstRtspServer.RTSPToken()
     allowed.set_string("media.factory.role", "user")
     auth = GstRtspServer.RTSPAuth()

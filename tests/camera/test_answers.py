@@ -1,4 +1,4 @@
-"""Answers one by one, for a program: all of them, and no process left behind."""
+"""Tests of answers in a Python program: every answer arrives, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_LIBRARY = "from sparsifiner_edge.ops import native\nnative.library_path = lam
 
 
 def decoders() -> list[int]:
-    """This process's children that live."""
+    """Return the live child processes of this process."""
     found = [int(pid) for path in CHILDREN.glob("*/children") for pid in path.read_text().split()]
     return [pid for pid in found if not ended(pid)]
 
@@ -42,7 +42,7 @@ def test_every_frame_with_its_image(cells: Path, video: Path) -> None:
 
 @pytest.mark.parametrize("source", ["video", "test"])
 def test_a_loop_that_is_left_ends_the_decoder(source: str, cells: Path, video: Path) -> None:
-    """The file's decoder waits for room by then."""
+    """The file's decoder is waiting for a free buffer at that time."""
     before, named = decoders(), str(video) if source == "video" else "test"
     for answered in se.run(cells, named):
         assert len(decoders()) == len(before) + 1
@@ -52,14 +52,14 @@ def test_a_loop_that_is_left_ends_the_decoder(source: str, cells: Path, video: P
 
 
 def test_a_program_that_ends_in_the_middle_says_nothing(cells: Path, video: Path) -> None:
-    """Not even of an iterator that it still holds."""
+    """Nor does an iterator that the program still holds print anything."""
     code = f"import sparsifiner_edge as se\nfound = se.run({str(cells)!r}, {str(video)!r})\nprint(next(found).index)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 def test_outputs_of_another_kind_are_the_programs_own(tmp_path: Path, video: Path) -> None:
-    """`run` on the command line has no record of them."""
+    """`run` on the command line has no record for them."""
     bundle = make_cells_bundle(tmp_path / "bundle")
     model = bundle / "model.onnx"
     model.write_bytes(model.read_bytes().replace(b"features", b"embedded"))
@@ -69,7 +69,7 @@ def test_outputs_of_another_kind_are_the_programs_own(tmp_path: Path, video: Pat
     first = next(iter(se.run(bundle, str(video))))
     assert number_of(first.outputs["embedded"][0]) == 0
     assert first.record.features is None
-    assert "needed are logits, features or a dense map" in process("run", bundle, "--source", video).err
+    assert "logits, features or a dense map are needed" in process("run", bundle, "--source", video).err
 
 
 def test_what_a_program_is_refused(cells: Path, pictures: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_what_a_program_is_refused(cells: Path, pictures: Path, tmp_path: Path) 
     assert next(answers).record.source == str(tmp_path / "good.png")
     with pytest.raises(ImageError, match="1 of 2 images could not be read"):
         next(answers)
-    with pytest.raises(ConfigError, match="output is given, and run writes nothing"):
+    with pytest.raises(ConfigError, match="output is set, but run writes no output"):
         se.run(cells, "test", se.RunOptions(output=tmp_path / "lines"))
     with pytest.raises(ImageError, match="nowhere does not exist"):
         se.run(cells, "nowhere")
@@ -87,7 +87,7 @@ def test_what_a_program_is_refused(cells: Path, pictures: Path, tmp_path: Path) 
 
 @pytest.fixture
 def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python from here on is one where the native library was not built."""
+    """Make every Python started from here on behave as if the native library was not built."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NO_LIBRARY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
@@ -97,7 +97,7 @@ def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_that_are_not_installed_are_said_once(
     tiny_bundle: Path, cells: Path, video: Path, pictures: Path
 ) -> None:
-    said = "Sparse attention runs by function bodies (the native library is not built: install a C++17 compiler"
+    said = "Sparse attention runs as function bodies (the native library is not built: install a C++17 compiler"
     stills = process("run", tiny_bundle, "--source", pictures)
     assert (stills.code, stills.err.count(said)) == (0, 1)
     assert stills.err.startswith(f"warning: {said}")
@@ -109,7 +109,7 @@ def test_kernels_that_are_not_installed_are_said_once(
     judged = process("evaluate", tiny_bundle, "--against", tiny_bundle, "--data", pictures)
     assert (judged.code, judged.err.count("warning: Sparse attention runs")) == (0, 1)
     chosen = process("run", tiny_bundle, "--source", pictures, "--kernels", "portable")
-    assert "warning" not in chosen.err + process("run", cells, "--source", pictures).err  # Nothing of ours in it.
+    assert "warning" not in chosen.err + process("run", cells, "--source", pictures).err  # no sparse operator in it
     code = f"import sparsifiner_edge as se\nfor _ in se.run({str(tiny_bundle)!r}, {str(pictures)!r}): pass"
     program = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert program.stderr.count(f"SlowKernelsWarning: {said}") == 1

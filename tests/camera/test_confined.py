@@ -1,4 +1,4 @@
-"""What the decoding process cannot do, each tried in a process that is confined as it is; and that it decodes so."""
+"""Tests of the sandbox of the decoding process: forbidden actions fail, and decoding works."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ALLOWED = {"its one port", "look up a host"}
 
 
 def tried(user: int | None, landlock: int | None) -> dict[str, Any]:
-    """What each try came to."""
+    """Return the outcome of each attempt."""
     listen = functools.partial(socket.create_server, ("127.0.0.1", 0))
     with tempfile.TemporaryDirectory() as folder, listen() as one, listen() as other:
         Path(folder).chmod(0o777)
@@ -82,7 +82,7 @@ def tried(user: int | None, landlock: int | None) -> dict[str, Any]:
 
 @pytest.mark.parametrize("user", USERS)
 def test_all_of_it_would_work_unconfined(user: int | None) -> None:
-    """Or the tests below would say nothing."""
+    """Without this, the tests below would prove nothing."""
     results = tried(user, 0)
     impossible = {"become root", "read what is root's"} if user or not AS_ROOT else set()
     assert results["possible"] >= (REFUSED | ALLOWED) - impossible
@@ -111,7 +111,7 @@ def test_older_versions_of_landlock(version: int) -> None:
 
 
 def test_a_video_with_sound(cells: Path, tmp_path: Path) -> None:
-    """PyAV imports what a stream needs when it meets it; no file can be opened then."""
+    """PyAV imports modules when it meets a stream that needs them; no file can be opened then."""
     with av.open(str(tmp_path / "v.mkv"), "w") as file:
         video, sound = file.add_stream("libx264", rate=10), file.add_stream("aac", rate=8000)
         video.width, video.height, video.pix_fmt = 160, 120, "yuv420p"
@@ -126,7 +126,7 @@ def test_a_video_with_sound(cells: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_an_encrypted_stream_of_a_host_by_name(tmp_path: Path) -> None:
-    """Neither TLS nor the look-up needs a file that cannot be opened any more; no certificate is checked."""
+    """Neither TLS nor name resolution needs a file that is no longer accessible; no certificate is checked."""
     command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=x -days 2 -keyout key -out certificate"
     subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -145,7 +145,7 @@ def test_an_encrypted_stream_of_a_host_by_name(tmp_path: Path) -> None:
 def test_the_decoding_process_is_confined_limited_and_quiet(
     cells: Path, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Limits and what is off as for every process that is started: see `sparsifiner_edge.process`."""
+    """Limits are those of every started process: see `sparsifiner_edge.process`."""
     monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
     run = service(cells, "--source", "test")
     run.record()

@@ -1,6 +1,4 @@
-"""How `sparsifiner-edge run` ends, or goes on: readers that do not read, disks that fill, signals; lines are whole,
-and of one run at a time.
-"""
+"""Tests of how `sparsifiner-edge run` ends or continues: blocked readers, full disks, signals and complete lines."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ def test_a_run_that_is_killed_leaves_its_lines_and_no_lock(cells: Path, service:
     run.event(state="streaming")
     outcome = process(*again)
     assert outcome.code == 2
-    assert f"error: {path} is written by another run" in outcome.err
+    assert f"error: {path} is being written by another run" in outcome.err
     run.process.kill()
     run.process.wait()
     before = lines(path.read_text())
@@ -37,7 +35,7 @@ def test_a_run_that_is_killed_leaves_its_lines_and_no_lock(cells: Path, service:
 
 
 def test_a_file_that_is_emptied_has_no_hole_and_a_half_line_takes_no_other_with_it(tmp_path: Path) -> None:
-    """As logrotate empties it (copytruncate), and as a power cut leaves it."""
+    """The file is emptied as by logrotate (copytruncate), and has a partial line as after a power cut."""
     path = tmp_path / "lines"
     for before, expected in (("", []), ('{"a": 1}\n', ['{"a": 1}']), ('{"a": 1}\n{"a"', ['{"a": 1}', '{"a"'])):
         path.write_text(before)
@@ -73,7 +71,7 @@ def test_images_that_are_cut_short_keep_their_lines(pictures: Path, cells: Path,
     for number in range(3000):
         (album / f"{number}.png").symlink_to(pictures / "picture0.png")
     run = service(cells, "--source", album, "--output", output)
-    wait_for(lambda: output.exists() and output.stat().st_size > 10_000)  # It is written as it comes.
+    wait_for(lambda: output.exists() and output.stat().st_size > 10_000)  # It is written as it arrives.
     run.process.send_signal(signal.SIGINT)
     _, remarks = run.process.communicate(timeout=20)
     assert run.process.returncode == 0, remarks
@@ -94,13 +92,13 @@ def test_a_reader_that_stops_reading_does_not_stop_the_service(cells: Path, serv
     time.sleep(1)
     out, _ = run.process.communicate(timeout=20)
     assert run.process.returncode == 0
-    # The last line may be cut where nobody read on in time; none before it.
+    # The last line may be cut if nobody read on in time, but no line before it.
     assert all(json.loads(line)["frame"] >= 0 for line in out.splitlines()[:-1])
 
 
 @pytest.mark.everything
 def test_a_reader_of_the_events_that_leaves(cells: Path, service: Any) -> None:
-    """Who reads the records goes on, until that one leaves as well."""
+    """Records continue until their reader leaves as well."""
     run = service(cells, "--source", "test")
     limit = threading.Timer(120, run.process.kill)
     limit.start()
@@ -109,7 +107,7 @@ def test_a_reader_of_the_events_that_leaves(cells: Path, service: Any) -> None:
     for _ in range(2):
         os.kill(run.decoder(), signal.SIGKILL)
         killed = time.monotonic()
-        while last["monotonic_s"] < killed + 0.5:  # Long after those that were on their way.
+        while last["monotonic_s"] < killed + 0.5:  # Long after those that were in transit.
             last = run.record()
     run.process.stdout.close()
     assert run.process.wait(20) == 141
@@ -133,7 +131,7 @@ def test_a_disk_that_is_full_for_a_while(cells: Path, tmp_path: Path) -> None:
     assert [e["event"] for e in events if "output" in e["event"]][:1] == ["output_failing"]
     assert events[-1]["output_errors"] > 0
     assert len(kept) + events[-1]["output_errors"] + events[-1]["lines_dropped"] == events[-1]["processed"]
-    assert kept[-1]["frame"] >= len(kept)  # It went on when there was room again.
+    assert kept[-1]["frame"] >= len(kept)  # It continued when space was available again.
 
 
 @needs_mounts

@@ -1,4 +1,4 @@
-"""How a frame arrives, and what is said of it: fitting, waiting, clocks, messages of the decoder, answers."""
+"""Tests of frames: fitting, waiting, clocks, decoder messages and drawn answers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_where_the_input_is_in_the_frame(
 
 
 def picture_of(frame: tuple[int, int]) -> Image.Image:
-    """Each pixel tells where it is: red across, green down; blue is nowhere."""
+    """Return an image whose pixels encode their position: red across, green down, no blue."""
     across, down = np.meshgrid(np.arange(frame[0]), np.arange(frame[1]))
     return Image.fromarray(np.stack([across % 256, down % 256, 0 * down], -1).astype(np.uint8))
 
@@ -82,10 +82,11 @@ def picture_of(frame: tuple[int, int]) -> Image.Image:
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("region", [None, (100, 20, 120, 60)])
 def test_images_and_videos_are_fitted_alike(fit: Fit, region: Box | None, tmp_path: Path) -> None:
-    """A pixel is where the geometry says it is, in an image and in a decoded frame; bars are of their colour."""
+    """A pixel is where the geometry puts it, in an image and in a decoded frame; bars have their colour."""
     framing, picture = Framing((96, 64), fit, region), picture_of((240, 120))
     picture.save(tmp_path / "image.png")
-    Image.new("RGB", (3779, 2234)).save(tmp_path / "large.jpg")  # May be decoded smaller, which moves no bar.
+    # It may be decoded at a smaller size, which moves no bar.
+    Image.new("RGB", (3779, 2234)).save(tmp_path / "large.jpg")
     image, fitted = read_image(tmp_path / "large.jpg", Framing(224, fit, region))
     rows = np.flatnonzero(image[:, 112].max(-1) < 40)
     assert (rows[0], len(rows)) == fitted.inner[1::2]
@@ -126,10 +127,10 @@ def test_a_frame_is_resized_as_an_image_is_colours_too(tmp_path: Path) -> None:
 def test_a_backlog_is_part_of_a_frames_age() -> None:
     clock, second = _StreamClock(), 1_000_000_000
     assert clock.capture_ns(5 * second, 100 * second) == 100 * second
-    # Half a second late: taken when due, not when it came.
+    # Half a second late: the capture time is the due time, not the arrival time.
     assert clock.capture_ns(6 * second, 101 * second + second // 2) == pytest.approx(101 * second, abs=second // 1000)
     assert clock.capture_ns(7 * second, 102 * second - 1000) == 102 * second - 1000
-    # The camera's clock jumps by an hour: a new beginning.
+    # The camera's clock jumps by an hour: the offset is estimated anew.
     assert clock.capture_ns(3607 * second, 103 * second) == 103 * second
     assert clock.capture_ns(None, 104 * second) == 104 * second
 
@@ -142,13 +143,13 @@ def test_clocks_that_run_apart_add_no_age() -> None:
 
 
 def test_no_clock_that_can_be_set_is_read() -> None:
-    """A jump of the wall clock then changes nothing."""
+    """A jump of the wall clock therefore changes nothing."""
     for path in Path(capture.__file__).parent.glob("*.py"):
         wrong = r"\btime\.(?!monotonic|sleep)\w+\(|from (?:time|datetime) import|import datetime"
         assert not re.findall(wrong, path.read_text(encoding="utf-8")), path
 
 
-# Messages of the decoder.
+# Decoder messages.
 
 GOOD: dict[str, Any] = {"kind": "frame", "pixels": bytes(3), "width": 9, "height": 9}
 GOOD |= dict.fromkeys(("captured_ns", "arrived_ns", "decoded_ns", "ready_ns"), 1)
@@ -218,7 +219,7 @@ def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
         assert (heat.min(), heat.max()) == (0, 1)
         (heat,) = model.heats({"mask": mask, "depth": depth})
         assert np.array_equal(heat, mask[0])
-        model.labels = ["background", "cat", "dog"]  # Of a segmentation.
+        model.labels = ["background", "cat", "dog"]  # The map of a segmentation.
         logits = np.stack([mask[0] - 0.5, 0.1 - mask[0], mask[0] * 0 - 3])[None] * 20
         found = {x.output: x.area for x in model.answer({"mask": logits, "depth": depth}).maps or []}
         assert found == {"mask.cat": 28 / 32, "mask.background": 4 / 32, "depth": None}
@@ -226,14 +227,14 @@ def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
         mask[0, 0, 0] = np.nan
         broken = model.answer({"mask": mask})
         assert (broken.maps, broken.not_finite) == ([], 1)
-        with pytest.raises(ArtifactError, match="needed are logits, features or a dense map"):
+        with pytest.raises(ArtifactError, match="logits, features or a dense map are needed"):
             model.answer({"mask": np.zeros((1, 48, 4, 8), np.float32)})
     said = text_lines(record(maps=list(answer.maps), infer_ms=3.2), 25.0)
-    assert said == ["mask  12% of what is read", "depth  mean 3.5", "25.0 fps   model 3 ms"]
+    assert said == ["mask  12% of the box", "depth  mean 3.5", "25.0 fps   model 3 ms"]
 
 
 def test_what_a_model_sees_and_says_is_drawn(tmp_path: Path) -> None:
-    """Where a map is above the threshold, in the middle of the frame that is read; the rest of that stays as it is."""
+    """The overlay marks the map above the threshold inside the region that is read; the rest is unchanged."""
     heat = np.full((2, 4), 0.4)
     heat[:, 2:] = 1
     fitted = Framing((30, 60)).of(120, 30)
@@ -254,7 +255,7 @@ def test_what_a_model_sees_and_says_is_drawn(tmp_path: Path) -> None:
     assert pixels[:24, :200].max() > 200  # Text.
 
 
-# Decoders that cannot start, die at once, or say what they may not.
+# Decoders that cannot start, exit at once, or send invalid messages.
 
 
 def test_waiting_grows_to_a_cap_and_varies() -> None:
@@ -266,7 +267,7 @@ def test_waiting_grows_to_a_cap_and_varies() -> None:
 
 
 def fake_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """A process that does something else in the place of the decoding one."""
+    """Replace the decoding process by a script."""
     path = tmp_path / "decoder"
     names = "from sparsifiner_edge.camera.decoder_protocol import End, Frame, send\n"
     path.write_text(f"#!{sys.executable}\n{names if 'send' in script else ''}{script}\n")
@@ -291,7 +292,7 @@ def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypat
     [
         ("End(None)", "the stream ended"),
         ("End('no route')", "no route"),
-        ("Frame(bytes(8 * 8 * 3), 9, 9, -1, 0, 0, 0)", "the decoder sent what is no message: "),
+        ("Frame(bytes(8 * 8 * 3), 9, 9, -1, 0, 0, 0)", "the decoder sent an invalid message: "),
     ],
 )
 def test_no_word_of_a_decoder_ends_a_live_source(

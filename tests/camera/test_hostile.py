@@ -1,4 +1,4 @@
-"""More than 200 damaged or hostile inputs: no crash, no hang, nothing written."""
+"""Tests of more than 200 damaged or hostile inputs: no crash, no hang, nothing written."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ SECRET = "this text must not be read"
 
 
 def damaged(suffix: str, data: bytes) -> dict[str, bytes]:
-    """Changed anywhere, and at the beginning, where sizes, counts and offsets are; a codec's name changed for
-    another's; a container under another ending.
-    """
+    """Yield files changed anywhere, in the header (sizes, counts, offsets), in the codec name or in the suffix."""
     files = {f"is{suffix[1:]}{'.ts' if suffix != '.ts' else '.mp4'}": data}
     for seed in range(20):
         rng, end = random.Random(f"{suffix}{seed}"), len(data) if seed < 14 else 400
@@ -70,7 +68,7 @@ def damaged(suffix: str, data: bytes) -> dict[str, bytes]:
 
 
 def absurd(sound: dict[str, bytes]) -> dict[str, bytes]:
-    """Sizes of frames, boxes and packets that are none."""
+    """Yield files with impossible sizes of frames, boxes and packets."""
     header = struct.pack("<4sHH4sHHIIII", b"DKIF", 0, 32, b"VP80", 65535, 65535, 30, 1, 0xFFFFFFFF, 0)
     files = {
         "wide.y4m": b"YUV4MPEG2 W1000000 H1000000 F25:1 C420\nFRAME\n" + bytes(1000),
@@ -79,7 +77,7 @@ def absurd(sound: dict[str, bytes]) -> dict[str, bytes]:
         "large.ivf": header + struct.pack("<IQ", 0x7FFFFFFF, 0) + bytes(500),
         "claims.ivf": header + struct.pack("<IQ", 500, 0) + bytes(500),
         "huge.mjpeg": re.sub(rb"(?s)(\xff\xc0...)....", rb"\1" + b"\xff\xdc" * 2, sound[".mjpeg"]),
-        # A box that claims to be larger than any disk; boxes within boxes.
+        # A box that claims to be larger than any disk, and nested boxes.
         "box.mp4": struct.pack(">I4sQ", 1, b"moov", (1 << 63) - 1) + bytes(100),
         "nested.mp4": b"".join(struct.pack(">I4s", 8 * number, b"moov") for number in range(3000, 0, -1)),
     }
@@ -103,7 +101,7 @@ def playlists(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of files by names that say what is wrong with them; beside them a text that nobody may read."""
+    """Folder of files named after their defects, and a text file that the decoder must not read."""
     folder = tmp_path_factory.mktemp("hostile")
     pictures = [draw_pattern(n, 64, 48) for n in range(8)]
     sound = {s: encode(folder / f"sound{s}", pictures, codec).read_bytes() for s, codec in FORMATS.items()}
@@ -119,7 +117,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_videos(hostile: Path) -> None:
-    """As the decoding process reads them, with its limits, many in one process; confined, it opens none by itself."""
+    """Read by the decoding process with its limits, many in one process; once confined, it opens no file itself."""
     paths = sorted(path for path in hostile.iterdir() if path.suffix != ".txt" and path.stem != "sound")
     assert len(paths) >= 200
     before = snapshot(hostile)
@@ -141,7 +139,7 @@ def test_videos(hostile: Path) -> None:
         "sdp.mp4",
         "dash.ts",
     }
-    # Most damage costs some frames; a reader that refused everything would pass the above.
+    # Most damage costs only some frames; a reader that rejects everything would pass the checks above.
     assert min(len(refused), len(found) - len(refused)) > 60
 
 

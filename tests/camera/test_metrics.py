@@ -1,4 +1,4 @@
-"""Metrics and health, also under clients that are slow or many (rude ones: tests.fuzz): a fresh one is answered."""
+"""Tests of metrics and health with slow or many clients (hostile clients: tests.fuzz): new clients get an answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.commands import ended, wait_for
 
 
 def test_metrics_and_health_while_a_decoder_hangs_and_crashes(cells: Path, service: Any) -> None:
-    """One that hangs is ended; none outlives a service that is killed."""
+    """A decoder that hangs is ended; none outlives a killed service."""
     run = service(cells, "--source", "test", "--metrics", "[::1]:0", "--stall", 1)
     address = run.event(event="metrics")["address"]
     assert address.startswith("http://[::1]:")
@@ -70,7 +70,7 @@ def test_too_many_connections_are_closed_and_those_that_dribble_end(monkeypatch:
         port, descriptors, ends = server.server_address[1], Path("/proc/self/fd"), time.monotonic() + 20
         before = len(list(descriptors.iterdir()))
         clients = [socket.create_connection(("127.0.0.1", port), 20) for _ in range(4 * health.MOST_CONNECTIONS)]
-        while not health_of(port).startswith(b"HTTP/1.0 503"):  # A byte now and then does not keep a place.
+        while not health_of(port).startswith(b"HTTP/1.0 503"):  # An occasional byte does not keep a connection.
             for client in clients:
                 with contextlib.suppress(OSError):
                     client.send(b"x")

@@ -1,9 +1,8 @@
-"""A real RTSP server (gst-rtsp-server, run by a Python that has gi) on 127.0.0.1 that is killed again and again, or
-asks for a password.
+"""Tests with a real RTSP server on 127.0.0.1 (gst-rtsp-server), which is killed repeatedly or requires a password.
 
-Each image tells the time of its drawing, and `sparsifiner-edge run` reads it with a bundle whose features are those
-cells: each record so tells the true age of its frame, from drawing to answer, encoder, network and decoder included.
-With SOAK_MINUTES=10 in the environment the server is killed every minute for so long.
+The server needs a Python with gi. Each image encodes its drawing time, and `sparsifiner-edge run` reads it with a
+bundle whose features are the encoding squares: each record gives the true age of its frame from drawing to answer, with
+encoder, network and decoder. With SOAK_MINUTES=10 in the environment, the server is killed every minute for that long.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ pytestmark = [
 
 
 class Server:
-    """The RTSP server on a port that was free, to be killed and started again."""
+    """RTSP server on a free port that can be killed and restarted."""
 
     def __init__(self, *way: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as one:
@@ -55,30 +54,30 @@ class Server:
         self.start()
 
     def start(self) -> float:
-        """Start it; the monotonic time at which it listens."""
+        """Start the server; return the monotonic time at which it listens."""
         self.process = subprocess.Popen(self._start, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout.readline() == "ready\n"
         return time.monotonic()
 
     def close(self) -> None:
-        """SIGKILL."""
+        """Kill the server with SIGKILL."""
         self.process.kill()
         self.process.communicate()
 
 
 def resident_kb(service: int) -> int:
-    """Resident memory of a process and all that it started."""
+    """Return the resident memory of a process and its descendants."""
     children = [path.read_text().split() for path in Path(f"/proc/{service}/task").glob("*/children")]
     total = 0
     for pid in (service, *(pid for some in children for pid in some)):
-        with contextlib.suppress(OSError):  # It has ended meanwhile.
+        with contextlib.suppress(OSError):  # It has exited meanwhile.
             total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() // 1024
     return total
 
 
 @pytest.mark.long
 def test_a_server_that_is_killed_again_and_again(cells: Path, service: Any, tmp_path: Path) -> None:
-    """Back within five seconds, no frame older than 200 ms from the first one on, no memory that grows."""
+    """Recovery within five seconds, no frame older than 200 ms from the first one on, constant memory."""
     minutes, output, down_s = float(os.environ.get("SOAK_MINUTES", "0")), tmp_path / "lines", 3.0
     seconds, every_s = (minutes * 60, 60.0) if minutes else (40.0, 10.0)
     memory: list[tuple[float, int]] = []
@@ -100,18 +99,18 @@ def test_a_server_that_is_killed_again_and_again(cells: Path, service: Any, tmp_
         run.process.terminate()
         assert run.process.wait(20) == 0, (tmp_path / "events").read_text()
     records = lines(output.read_text())
-    seen = []  # When a frame was answered, its age by the time in its image, and by how much less the service says.
+    seen = []  # Answer time, age by the time in the image, and how much less the service reports.
     for record in records:
         if (number := number_of(record["features"])) is not None:
             age = (round(record["monotonic_s"] * 1000) - number) % (1 << BITS)
             seen.append((record["monotonic_s"], age, age - record["frame_age_ms"]))
     assert len(back) == seconds // every_s
     assert all(next(at for at, _, _ in seen if at > since) - since < 5 for since in back)
-    # Beside other tests a frame now and then waits for a core.
+    # Next to other tests, a frame occasionally waits for a core.
     assert sum(age > 200 for _, age, _ in seen) <= (len(seen) / 200 if WORKER else 0)
     assert len(seen) > seconds * 25 * 0.5
     assert len(records) - len(seen) < len(seen) / 100
-    # What the service says of a frame's age misses only the server's own part.
+    # The age reported by the service misses only the server's own part.
     assert -5 < sorted(less for _, _, less in seen)[len(seen) // 2] < 100
     settling = min(60.0, memory[-1][0] / 3)
     assert max(kb for at, kb in memory if at > settling) < 1.05 * max(kb for at, kb in memory if at <= settling)
@@ -138,7 +137,7 @@ def test_a_server_that_asks_for_a_password(
 
 
 def test_a_server_that_hangs(cells: Path, service: Any) -> None:
-    """The connection stays, nothing comes: it is given up and made anew."""
+    """The connection stays open without data: it is closed and opened again."""
     with contextlib.closing(Server()) as server:
         run = service(cells, "--source", server.address, "--stall", 1)
         run.record()

@@ -1,4 +1,4 @@
-"""`sparsifiner-edge run` as a service: sources, records, overlay, systemd; lines are JSON."""
+"""Tests of `sparsifiner-edge run` as a service: sources, records, overlay, systemd; every line is JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TIMES = ("capture_ms", "preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms
 
 
 def test_every_frame_of_a_file(cells: Path, video: Path, tmp_path: Path) -> None:
-    """Into a file whose folder is new, with an overlay."""
+    """Records go to a file in a new folder, with an overlay."""
     output, overlay = tmp_path / "new" / "lines.jsonl", tmp_path / "o.mkv"
     outcome = process("run", cells, "--source", video, "--output", output, "--overlay", overlay)
     assert (outcome.code, outcome.out) == (0, "")
@@ -89,7 +89,7 @@ def test_a_live_source_gives_numbers_and_ages(cells: Path) -> None:
 
 @pytest.mark.everything
 def test_a_model_slower_than_its_source(tmp_path: Path) -> None:
-    """Age of a frame: at most a period until it is taken, and the inference; besides what preparing it takes."""
+    """Age of a frame: at most one period until it is taken, plus preparation and inference."""
     bundle = make_cells_bundle(tmp_path / "b", work=2048)
     outcome = process("run", bundle, "--source", "test:60", "--frames", 40, "--threads", 1)
     records, done = records_of(outcome), lines(outcome.err)[-1]
@@ -97,7 +97,7 @@ def test_a_model_slower_than_its_source(tmp_path: Path) -> None:
     excess = [
         r["frame_age_ms"] - 1000 / 60 - r["infer_ms"] - r["preprocess_ms"] - r["postprocess_ms"] for r in records[1:]
     ]
-    # A quarter even where the decoder must wait for the same core; and a queue would add an inference to all.
+    # Up to a quarter more if the decoder competes for the same core; a queue would add an inference to every frame.
     assert statistics.quantiles(excess, n=4)[0] < 1, excess
     assert statistics.median(excess) < statistics.median(r["infer_ms"] for r in records) / 2, excess
     assert done["dropped"] > 10
@@ -106,7 +106,7 @@ def test_a_model_slower_than_its_source(tmp_path: Path) -> None:
 
 
 def test_a_classifier(tiny_bundle: Path, video: Path, tmp_path: Path) -> None:
-    """Its labels may be anyone's."""
+    """Labels are untrusted text."""
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     (bundle / "labels.txt").write_bytes(b"\x1b[2Jred\n../../../etc\n\xff\xfe\n" + b"\xe2\x80\xae\n" * 7)
     reseal(bundle)
@@ -147,7 +147,7 @@ def test_what_is_no_number_is_null_and_counted(output: str, pictures: Path, tmp_
 
 @needs_gst
 def test_a_rectangle_sees_the_centre_of_a_pipeline_in_its_shape(tmp_path: Path) -> None:
-    """Of 320 x 240 pixels the middle 160 rows; as a square, or made narrower, blue would be in it."""
+    """The model reads the middle 160 rows of 320 x 240 pixels; as a square, or squeezed, it would see blue."""
     wide = {"size": [32, 63]}  # A pipeline pads rows to four bytes.
     bundle = make_bundle(tmp_path / "b", size=(32, 63), preprocessing=wide)
     frame = np.full((240, 320, 3), (0, 0, 255), np.uint8)
@@ -161,7 +161,7 @@ def test_a_rectangle_sees_the_centre_of_a_pipeline_in_its_shape(tmp_path: Path) 
 
 @needs_gst
 def test_what_of_a_pipeline_is_read_is_what_was_asked(cells: Path, tmp_path: Path) -> None:
-    """Of a frame of four colours from left to right, by brightness: cells of an 8 x 8 grid."""
+    """A frame of four colours from left to right, by brightness, on an 8 x 8 grid."""
     frame = np.repeat(np.array([0, 80, 160, 240], np.uint8), 80)[None, :, None].repeat(160, 0).repeat(3, 2)
     source = f"gst:filesrc location={encode(tmp_path / 'v.mp4', [frame] * 3)} ! decodebin"
     narrow = f"{source} ! videoscale ! video/x-raw,width=160,height=160,pixel-aspect-ratio=2/1"
@@ -177,7 +177,7 @@ def test_what_of_a_pipeline_is_read_is_what_was_asked(cells: Path, tmp_path: Pat
 
 
 def test_a_region_that_no_frame_has(cells: Path, video: Path, pictures: Path) -> None:
-    """Of a live source too, which else would be waited for."""
+    """For a live source too, which would otherwise be retried."""
     for source, size in (("test", "640x480"), (video, "320x240"), (pictures / "picture1.png", "80x61")):
         outcome = process("run", cells, "--source", source, "--region", "600,400,41,80")
         assert outcome.code == 2
@@ -193,7 +193,7 @@ def test_a_region_that_no_frame_has(cells: Path, video: Path, pictures: Path) ->
 
 def test_bars_may_be_told_nobody(cells: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = process("run", cells, "--source", pictures, "--fit", "letterbox").err
-    assert "80x60 of 80x60 pixels are read, 25 % of the input is bars; export with --like VIDEO" in said
+    assert "80x60 of 80x60 pixels are read, 25 % of the input is bars; to avoid bars, export with --like VIDEO" in said
     region = Framing(64, "letterbox", (0, 0, 60, 9))
     assert "--like" not in region.describe(region.of(80, 60))
     monkeypatch.setattr(sys.stderr, "write", lambda _text: os.close(-1))  # An OSError.
@@ -210,7 +210,7 @@ def test_a_pipeline_that_fails_is_tried_again(cells: Path, service: Any) -> None
 
 
 def test_only_what_a_key_signed_runs(cells: Path, keys: Path, pictures: Path, tmp_path: Path, capsys: Any) -> None:
-    """What else a signature refuses: tests/test_signing.py."""
+    """Other rejected signatures: tests/test_signing.py."""
     output, bundle = tmp_path / "lines.jsonl", Path(shutil.copytree(cells, tmp_path / "signed"))
     run = ("run", bundle, "--source", pictures, "--output", output, "--require-signature")
     for key, said in (("key.pub", "is not signed"), ("none.pub", "none.pub"), ("key.pem", "key.pem")):
@@ -225,12 +225,12 @@ def test_only_what_a_key_signed_runs(cells: Path, keys: Path, pictures: Path, tm
 @pytest.mark.parametrize(
     ("source", "option", "output", "said"),
     [
-        ("album/picture0.png", "--output", "link", "is what is read"),
-        ("album", "--output", "album/picture0.png", "is what is read"),
+        ("album/picture0.png", "--output", "link", "is an input"),
+        ("album", "--output", "album/picture0.png", "is an input"),
         ("album", "--output", "bundle/new/lines.jsonl", "is in the bundle"),
-        ("copy.mp4", "--overlay", "copy.mp4", "is what is read"),
+        ("copy.mp4", "--overlay", "copy.mp4", "is an input"),
         ("test", "--output", "bundle/manifest.json", "is in the bundle"),
-        ("copy.mp4", "--overlay", "a.txt", "is no video's name"),
+        ("copy.mp4", "--overlay", "a.txt", "is not a supported video file"),
         ("album", "--overlay", "o.mp4", "--overlay cannot be combined"),
         ("film.mp4", "--overlay", "o.mp4", "film.mp4 does not exist"),
         ("test", "--metrics", "x", "The port of x is x"),

@@ -1,4 +1,4 @@
-"""What a source is, and that no spelling of a password gets into what is shown: events, metrics, processes."""
+"""Tests of sources, and that no spelling of a password appears in events, metrics or processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_sources(text: str, kind: str, live: bool, shown: str, tmp_path: Path) -
         source = parse_source(given)
         assert (source.kind, source.live, source.shown) == (kind, live, shown)
     (tmp_path / "source").write_text(f"\n{text}")
-    with pytest.raises(ConfigError, match="names no source in its first line"):
+    with pytest.raises(ConfigError, match="has no source in its first line"):
         parse_source(f"@{tmp_path / 'source'}")
 
 
@@ -57,7 +57,7 @@ def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, video:
 
 
 def test_a_decoder_in_hardware_is_taken_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As a Jetson's GStreamer has it: `nvvidconv` is there, and how `gst-launch-1.0 -v` names what decodes."""
+    """As with a Jetson's GStreamer: `nvvidconv` exists, and `gst-launch-1.0 -v` names the decoder."""
     inspect = tmp_path / "gst-inspect-1.0"
     inspect.write_text(
         '#!/bin/sh\n[ "$2" = nvvidconv ] || { [ "$1" = vaxdec ] && echo "Codec/Decoder/Video/Hardware"; }\n'
@@ -82,14 +82,14 @@ def test_a_decoder_in_hardware_is_taken_and_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_pad_that_is_told_of_twice_stands_for_the_other() -> None:
-    """What `gst-launch-1.0` 1.26 says now and then of our queue: its sink twice, its source not at all."""
+    """`gst-launch-1.0` 1.26 sometimes reports our queue's sink twice and its source never."""
     caps = b": caps = video/x-raw, width=(int)640, height=(int)480, pixel-aspect-ratio=(fraction)2/1\n"
     line = b"/GstPipeline:pipeline0/GstQueue:sparsifiner-frames.GstPad:sink" + caps
     assert list(gstreamer._sizes(iter([line, line]), deque())) == [(1280, 480)] * 2
 
 
 PARTS = ("hUn", "tEr2", "t0keN")
-"""Of a password and a token; no spelling below may show one of them."""
+"""Credentials and a token; no spelling below may reveal one of them."""
 SOURCES = [
     "rtsp://t0keN@h/x",
     "rtsp://us@er:hUn:tEr2@h/x",
@@ -124,9 +124,9 @@ def assert_hidden(text: str) -> None:
 def test_a_source_shows_no_secret(text: str) -> None:
     source = parse_source(text)
     assert_hidden(source.shown)
-    if source.kind == "images":  # No decoder speaks of it.
+    if source.kind == "images":  # No decoder mentions it.
         return
-    # Nor does a message that quotes what was given.
+    # Nor does a message that quotes the input.
     assert_hidden(source.clean(f"cannot open {source.location}: no"))
     for word in shlex.split(source.location) if source.kind == "gst" else []:
         assert_hidden(source.clean(f'could not set property in element "x0" to "{word.partition("=")[2] or word}".'))
@@ -149,7 +149,7 @@ def test_what_gstreamer_quotes(cells: Path, service: Any) -> None:
 
 
 def test_events_metrics_health_and_processes(cells: Path, service: Any, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # It never answers, so that the decoding process stays.
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # It never answers, so the decoding process stays.
         port = silent.getsockname()[1]
         (tmp_path / "source").write_text(f"rtsp://user:hUntEr2@127.0.0.1:{port}/x?auth=t0keN\n")
         run = service(cells, "--source", f"@{tmp_path / 'source'}", "--metrics", "0", "--stall", 5)

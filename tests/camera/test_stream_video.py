@@ -1,4 +1,4 @@
-"""Videos that a stream follows: held against the dense model, at a camera's pace, and for long."""
+"""Tests of streaming inference on videos: comparison with the dense model, camera rates and long runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.commands import process
 from tests.test_stream import frames
 
 
-def test_a_stream_is_judged_by_a_video(stream_bundle: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_stream_is_evaluated_by_a_video(stream_bundle: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="the extra camera is not installed")
     from tests.camera.conftest import encode
 
@@ -37,7 +37,7 @@ def test_a_stream_is_judged_by_a_video(stream_bundle: Path, tiny_bundle: Path, t
             assert result["statistics"][way][name] == pytest.approx(sum(values) / len(values))
     stream, held = (result["statistics"][way] for way in ("stream", "hold every 16th"))
     assert 0.98 < stream["patches"] <= 1
-    assert stream["moving"] > held["moving"]  # What moves is where one that is held is wrong.
+    assert stream["moving"] > held["moving"]  # Held answers are wrong where something moves.
     assert stream["share"] < 0.5
     alone = result["statistics"]["every frame by the model"]
     assert alone["features"] == pytest.approx(result["statistics"]["stream"]["features"], abs=0.05)
@@ -57,10 +57,10 @@ def test_a_stream_is_judged_by_a_video(stream_bundle: Path, tiny_bundle: Path, t
     for wrong, said in (
         ([*command, "--data", folder], "--data"),
         ([*command, "--every", "12"], "frames to compare"),
-        ([*command, "--metric", "top1"], "--metric says nothing of a stream"),
-        (["evaluate", stream_bundle, "--data", folder, "--share", "0.5"], "--share is for streams"),
+        ([*command, "--metric", "top1"], "--metric cannot be combined with --video"),
+        (["evaluate", stream_bundle, "--data", folder, "--share", "0.5"], "--share requires --video"),
         (["evaluate", tiny_bundle, "--video", video], "--stream"),
-        ([*command[:3], "rtsp://127.0.0.1:1/none"], "no video that ends"),
+        ([*command[:3], "rtsp://127.0.0.1:1/none"], "is a live source"),
         ([*command[:3], folder / "00.txt"], "00.txt"),
     ):
         outcome = process(*wrong)
@@ -84,7 +84,7 @@ def test_a_bundle_is_timed_at_a_cameras_pace(
     assert (figures["frames"], figures["missed"], figures["dropped"]) == (30, 0, 30 - len(samples["age_ms"]))
     assert all(age >= taken - 1 for age, taken in zip(samples["age_ms"], samples["infer_ms"], strict=True))
     assert figures["age_ms"]["p50"] <= figures["age_ms"]["p99"] <= figures["age_ms"]["p99.9"]
-    # At a rate that is not kept, frames are dropped, and the newest is answered.
+    # At a rate that is too high, frames are dropped and the newest is answered.
     infer = Model.infer_frame
     monkeypatch.setattr(Model, "infer_frame", lambda *arguments: (time.sleep(0.005), infer(*arguments))[1])
     onnxruntime = se.RunOptions(execution="onnxruntime")
@@ -96,8 +96,8 @@ def test_a_bundle_is_timed_at_a_cameras_pace(
         ([*command, "--deadline", "soon"], "soon"),
         ([*command, "--rate", "0"], "--rate"),
         ([*command, "--against", tiny_bundle], "--against"),
-        (["profile", tiny_bundle, "--rate", "10"], "--rate is for a camera"),
-        (["profile", tiny_bundle, "--no-stream"], "--no-stream is for a camera"),
+        (["profile", tiny_bundle, "--rate", "10"], "--rate requires --video"),
+        (["profile", tiny_bundle, "--no-stream"], "--no-stream requires --video"),
         ([*command[:3], tmp_path / "none"], "none"),
     ):
         outcome = process(*wrong)
@@ -107,7 +107,7 @@ def test_a_bundle_is_timed_at_a_cameras_pace(
 
 @pytest.mark.everything
 def test_a_long_day_of_a_camera_leaves_nothing_behind(stream_bundle: Path) -> None:
-    """Cuts, drops and reconnects among frames that hardly differ: memory stays, and what is computed whole is right."""
+    """Cuts, dropped frames and reconnects between similar frames: memory is constant, full frames are right."""
     random, by, early = np.random.default_rng(0), dict[str, int](), 0
     with se.open_session(stream_bundle, "onnxruntime") as session:
         stream, other = session.stream(), session.stream(share=0.1)
@@ -125,12 +125,12 @@ def test_a_long_day_of_a_camera_leaves_nothing_behind(stream_bundle: Path) -> No
             outputs = stream.infer(frame)
             assert stream.computed is not None
             by[stream.computed.by] = by.get(stream.computed.by, 0) + 1
-            if stream.computed.by == "whole":
+            if stream.computed.by == "full":
                 wanted = dense(frame["image"])
                 assert all(agreement(name, x, wanted[name], 1e-4).error <= 1e-4 for name, x in outputs.items())
             if number == 600:
                 early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         late = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert min(by.values()) > 8, by
-    assert set(by) == {"whole", "step", "model"}
+    assert set(by) == {"full", "incremental", "fallback"}
     assert late <= 1.02 * early

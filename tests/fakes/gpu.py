@@ -1,8 +1,8 @@
-"""A GPU that is not there, and cuda-python and pycuda on it: memory, streams, events, graphs with the real ones' rules.
+"""A fake GPU with fake cuda-python and pycuda: memory, streams, events and graphs with the rules of the real ones.
 
-Device memory is memory of this process, so engines of the fake TensorRT compute real results in it. What is put into a
-stream runs at once, or is recorded while the stream is captured. Errors are put in by name of the function of CUDA's
-runtime API (`fail`), and a lost device fails everything, as a real one does.
+Device memory is memory of this process, so engines of the fake TensorRT compute real results in it. Work put into a
+stream runs at once, or is recorded while the stream is captured. Errors are injected by the name of a CUDA runtime
+function (`fail`), and a lost device fails every call, as a real one does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CudaError(Exception):
 
 @dataclasses.dataclass
 class Gpu:
-    """One device; the defaults are those of an Orin. `fail`: function of CUDA -> name of the error that it gives."""
+    """One device; the defaults are those of an Orin. `fail` maps a CUDA function to the name of its error."""
 
     name: str = "Orin"
     sm: tuple[int, int] = (8, 7)
@@ -54,11 +54,11 @@ class Gpu:
         self._graphs: dict[int, list[Callable[[], None]]] = {}
 
     def live(self) -> dict[str, int]:
-        """What is taken and not given back, by kind; empty when all is."""
+        """Return the objects that are not released, by kind; empty if there are none."""
         return dict(Counter(kind for kind, _ in self.taken.values()))
 
     def check(self, function: str) -> None:
-        """Count a call, and fail it where it shall fail."""
+        """Count a call, and fail it if requested."""
         self.calls[function] += 1
         if function in self.fail:
             self.lost = self.fail[function] == "cudaErrorIllegalAddress"
@@ -67,7 +67,7 @@ class Gpu:
             raise CudaError("cudaErrorIllegalAddress")
 
     def make(self, kind: str, size: int = 0) -> int:
-        """Memory of a kind, or a stream, event, graph, engine or context: its address."""
+        """Allocate memory of a kind, or a stream, event, graph, engine or context; return its address."""
         if size > self.free():
             raise CudaError("cudaErrorMemoryAllocation")
         block = (ctypes.c_uint8 * max(size, 1))()
@@ -75,14 +75,14 @@ class Gpu:
         return ctypes.addressof(block)
 
     def drop(self, address: int, kind: str) -> None:
-        """Give it back; what is not taken, or of another kind, is an error."""
+        """Release an object; an unknown address or another kind is an error."""
         if self.taken.get(address, ("",))[0] != kind:
             raise CudaError("cudaErrorInvalidResourceHandle")
         del self.taken[address]
         self._graphs.pop(address, None)
 
     def hold(self, made: Any, kind: str) -> None:
-        """Something is taken as long as a Python object lives."""
+        """Hold an object as long as a Python object lives."""
         weakref.finalize(made, self.drop, self.make(kind), kind)
 
     def free(self) -> int:
@@ -116,7 +116,7 @@ class Gpu:
             self.put(stream, step, 0.0)
 
     def functions(self) -> dict[str, Callable[..., Any]]:
-        """CUDA's, by name, with the parameters that cuda-python gives them."""
+        """Return CUDA's functions by name, with the parameters of cuda-python."""
         about = {"major": self.sm[0], "minor": self.sm[1], "integrated": self.integrated}
         return {
             "cudaDriverGetVersion": lambda: self.driver,
@@ -146,7 +146,7 @@ class Gpu:
         }
 
     def call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
-        """A function of CUDA: its status and, where there is one, a result."""
+        """Call a CUDA function; return its status and, if there is one, a result."""
         try:
             self.check(name)
             result = self.functions()[name](*arguments)
@@ -156,7 +156,7 @@ class Gpu:
 
 
 def cuda_bindings(gpu: Gpu) -> SimpleNamespace:
-    """What stands for `cuda.bindings.runtime`."""
+    """Return a replacement of `cuda.bindings.runtime`."""
     return SimpleNamespace(
         cudaHostAllocMapped=2,
         cudaStreamNonBlocking=1,
@@ -168,7 +168,7 @@ def cuda_bindings(gpu: Gpu) -> SimpleNamespace:
 
 
 def install_cuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, release: str = "12.6.2") -> SimpleNamespace:
-    """The fake of cuda-python for one test, of this release."""
+    """Install the fake of this cuda-python release for one test."""
     made, package = cuda_bindings(gpu), SimpleNamespace(__version__=release)
     _install(monkeypatch, ("cuda", SimpleNamespace()), ("cuda.bindings", package), ("cuda.bindings.runtime", made))
     return made
@@ -180,11 +180,11 @@ def _install(monkeypatch: pytest.MonkeyPatch, *modules: tuple[str, Any]) -> None
 
 
 class PyCudaError(Exception):
-    """`pycuda.driver.Error`."""
+    """Replacement of `pycuda.driver.Error`."""
 
 
 def install_pycuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
-    """The fake of pycuda for one test, in cuda-python's place: what it makes frees itself with its last reference."""
+    """Install the fake of pycuda for one test instead of cuda-python; its objects free themselves."""
 
     def call(function: str, *arguments: Any) -> Any:
         status, *values = gpu.call(function, *arguments)
@@ -223,7 +223,7 @@ def install_pycuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
         )
 
     device.count = lambda: call("cudaGetDeviceCount")
-    driver = ModuleType("pycuda.driver")  # which, unlike a namespace, has a hash
+    driver = ModuleType("pycuda.driver")  # which, unlike a namespace, is hashable
     vars(driver).update(
         Error=PyCudaError,
         Device=device,
@@ -244,7 +244,7 @@ def install_pycuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
 
 
 def install_driver(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """A driver's library that supports CUDA up to `number`, such as 12060."""
+    """Install a driver library that supports CUDA up to `number`, such as 12060."""
 
     def version(pointer: Any) -> int:
         pointer._obj.value = number

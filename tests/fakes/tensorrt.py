@@ -1,5 +1,7 @@
-"""A TensorRT that is not there: control flow, and real results. An engine is a line about it and a model, which ONNX
-Runtime evaluates in the fake GPU's memory. `tests/tensorrt/test_bindings.py` holds its names against the real wheels.
+"""A fake TensorRT with real control flow and results.
+
+An engine is a metadata line and a model, which ONNX Runtime evaluates in the fake GPU's memory.
+`tests/tensorrt/test_bindings.py` compares its names with the real wheels.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ from sparsifiner_edge.runtime.tensorrt import plugin_v3
 from tests.fakes.gpu import CudaError, Gpu
 
 VERSIONS = {"10.3": "10.3.0", "10.9": "10.9.0.34", "11.4": "11.4.0.106"}
-"""JetPack 6's; the first with plugins ahead of time; the newest."""
+"""The version of JetPack 6; the first with ahead-of-time plugins; the newest."""
 _DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclasses.dataclass
 class Behaviour:
-    """What it does and saw. `Gpu.fail` puts errors into "build", "context", "enqueue" and "enqueue to record".
+    """Behaviour and records of the fake. `Gpu.fail` adds errors: "build", "context", "enqueue" and "enqueue to record".
 
     Attributes:
-        warnings: what a build warns of.
-        original: built in the place of a model that holds launches of kernels.
-        milliseconds: of a run, by beginnings of operators in the model: the first that is in it counts.
-        seen: what was set on the way, by name.
+        warnings: Warnings of a build.
+        original: Model that is built instead of one with kernel launches.
+        milliseconds: Duration of a run by operator prefix; the first prefix found in the model counts.
+        seen: Settings that were made, by name.
     """
 
     warnings: Sequence[str] = ()
@@ -48,7 +50,7 @@ class Behaviour:
 def install_tensorrt(
     monkeypatch: pytest.MonkeyPatch, gpu: Gpu, version: str = "10.3", behaviour: Behaviour | None = None
 ) -> SimpleNamespace:
-    """The fake of a TensorRT version for one test, with its module `plugin` where it has plugins ahead of time."""
+    """Install the fake of a TensorRT version for one test, with module `plugin` if it has ahead-of-time plugins."""
     behaviour = behaviour or Behaviour()
     trt, seen = make_tensorrt(gpu, behaviour), behaviour.seen
     trt.__name__, trt.__version__ = "tensorrt", VERSIONS[version]
@@ -67,7 +69,7 @@ def install_tensorrt(
 
 
 def _succeeds(gpu: Gpu, logger: Any, action: str) -> bool:
-    """Whether an action shall succeed; else what is said of it is logged."""
+    """Return True if an action shall succeed; otherwise log its error."""
     try:
         gpu.check(action)
     except CudaError as error:
@@ -78,7 +80,7 @@ def _succeeds(gpu: Gpu, logger: Any, action: str) -> bool:
 
 
 def _plugins(seen: dict[str, Any]) -> dict[str, Any]:
-    """What plugins in Python are made of, and the registry that takes them."""
+    """Return the base classes of Python plugins and the registry that takes them."""
 
     def register(creator: Any, namespace: str) -> bool:
         seen.setdefault("creators", []).append(f"{namespace}::{creator.name}")
@@ -95,7 +97,7 @@ def _plugins(seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(seen: dict[str, Any]) -> SimpleNamespace:
-    """A builder's."""
+    """Return a builder's configuration."""
 
     def timing_cache(content: bytes) -> Any:
         damaged = bool(content) and not content.startswith(b"times ")
@@ -112,7 +114,7 @@ def _config(seen: dict[str, Any]) -> SimpleNamespace:
 
 
 def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
-    """What stands for the module `tensorrt`, as far as this package uses it."""
+    """Return a replacement of the module `tensorrt`, as far as this package uses it."""
     seen, config = b.seen, _config(b.seen)
 
     def parser(network: Any, logger: Any) -> SimpleNamespace:
@@ -148,7 +150,7 @@ def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
         )
 
     def runtime(logger: Any) -> SimpleNamespace:
-        # Like the real one, it comes up without a driver; unlike it, it does not end the process on use.
+        # Like the real one, it is created without a driver; unlike it, it does not end the process on use.
         assert gpu.calls, "an object of TensorRT before CUDA has answered"
         return SimpleNamespace(deserialize_cuda_engine=lambda content: ICudaEngine(content, gpu, seen, logger))
 

@@ -1,10 +1,10 @@
-"""Hostile input to every command, and commands ended at random moments.
+"""Fuzzing of every command, and commands ended at random moments.
 
-    python -m tests.fuzz --seconds 20                    all classes in turn, as CI does
+    python -m tests.fuzz --seconds 20                    all classes in turn, as in CI
     python -m tests.fuzz --full --kills 500 -o profiles/results
-    python -m tests.fuzz --only manifest --seed 17 --tries 1      one try again, by its seed
+    python -m tests.fuzz --only manifest --seed 17 --tries 1      repeat one try by its seed
 
-Every try is drawn from its class and its number alone (`--seed` is the first number). What fails is printed with them.
+Every try depends only on its class and its number (`--seed` is the first number). Failures are printed with both.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="number of the first try")
     parser.add_argument("-o", "--output", type=Path, help="folder for fuzz.json")
     given = parser.parse_args()
-    # A shell starts programs in the background deaf to Ctrl-C, nohup to SIGHUP, and what they start inherits that.
+    # A shell starts background programs with SIGINT ignored, nohup with SIGHUP, and child processes inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def count(entry: dict[str, Any], name: str, number: int, since: float, failures: list[str], tries: int = 1) -> None:
-    """Add tries, and what failed, to a class's entry in the report."""
+    """Add tries and failures to a class's entry in the report."""
     entry["tries"] += tries
     entry["failures"] += len(failures)
     entry["seconds"] = round(entry["seconds"] + time.monotonic() - since, 3)
@@ -81,7 +81,7 @@ def count(entry: dict[str, Any], name: str, number: int, since: float, failures:
 
 
 def run_classes(report: dict[str, Any], names: list[str], good: Path, work: Path, given: argparse.Namespace) -> None:
-    """A try of each class in turn, until each has had its number or the time is over."""
+    """Run a try of each class in turn, until each has reached its number or the time is over."""
     for name in names:
         report[name] = {"tries": 0, "failures": 0, "seconds": 0.0, "found": []}
         made.make(good, TARGETS[name].needs)
@@ -101,7 +101,7 @@ def run_classes(report: dict[str, Any], names: list[str], good: Path, work: Path
 
 
 def run_kills(report: dict[str, Any], good: Path, work: Path, tries: int, seed: int) -> None:
-    """Each command in turn, ended; at last each runs to its end, and nothing hidden may be left."""
+    """End each command in turn; finally, each runs to its end, and no hidden file may be left."""
     made.make(good, kills.NEEDS)
     for name in ("built", "signed"):  # Bundles that two of the commands write into.
         shutil.copytree(good / "plain", work / name)

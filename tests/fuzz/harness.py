@@ -1,4 +1,4 @@
-"""What every try has in common: the command line in this process, a time limit, and what counts as a failure."""
+"""Common parts of all fuzz targets: the command line in this process, a time limit and the failure criteria."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from tests.commands import handlers_kept
 
 LIMIT_S = 30
 _RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What must never reach a terminal or a line of JSON as it is."""
+"""Characters that must never reach a terminal or a line of JSON unescaped."""
 
 
 class FailureError(Exception):
-    """A try that shows a hole."""
+    """A try that reveals a defect."""
 
 
 class HangError(BaseException):
-    """A try took too long."""
+    """A try that exceeds the time limit."""
 
 
 class Try(NamedTuple):
-    """One try: its own randomness, a folder of good examples, read only (see `tests.made`), and one for whatever it
-    makes, which lasts as long as the class.
+    """One try: its random generator, a read-only folder of valid examples and a working folder.
+
+    The examples are those of `tests.made`; the working folder exists as long as its class runs.
     """
 
     rng: random.Random
@@ -41,17 +42,17 @@ class Try(NamedTuple):
     work: Path
 
     def words(self, line: str) -> list[str]:
-        """Arguments of a command, with both folders in the places of {good} and {work}."""
+        """Return the arguments of a command, with the folders inserted for {good} and {work}."""
         return words(line, self.good, self.work)
 
     def copied(self, name: str, to: str = "subject") -> Path:
-        """A copy of a good folder, in the place of the one of the try before."""
+        """Copy a valid folder, replacing the copy of the previous try."""
         shutil.rmtree(self.work / to, ignore_errors=True)
         return Path(shutil.copytree(self.good / name, self.work / to))
 
 
 class Target(NamedTuple):
-    """A class of tries: how many make a full run, one try (raises for a failure), and names of materials."""
+    """A class of tries: the number in a full run, one try (raises on failure), and names of the materials."""
 
     tries: int
     attempt: Callable[[Try], None]
@@ -63,13 +64,12 @@ def words(line: str, good: Path, work: Path) -> list[str]:
 
 
 def command(*arguments: Any) -> str:
-    """The command line in this process: what it said.
+    """Run the command line in this process and return its output.
 
     Raises:
-        FailureError: an exit code that none of ours is, a traceback, characters that a terminal obeys, or JSON that is
-            none.
+        FailureError: The exit code is unknown, or the output has a traceback, control characters or invalid JSON.
     """
-    # What a command writes may go past Python, to the descriptor.
+    # A command may write directly to the file descriptor, bypassing Python.
     kept = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     with tempfile.TemporaryFile("w+", **kept) as out, tempfile.TemporaryFile("w+", **kept) as err:
         with handlers_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -93,7 +93,7 @@ def command(*arguments: Any) -> str:
 
 
 def strict_json(text: str) -> Any:
-    """JSON, and none of the numbers that Python's reader takes beyond it; else raises FailureError."""
+    """Parse JSON without the extra numbers that Python's reader accepts; otherwise raise FailureError."""
 
     def refuse(name: str) -> None:
         raise ValueError(name)
@@ -105,7 +105,7 @@ def strict_json(text: str) -> Any:
 
 
 def attempt(target: Target, one: Try) -> str | None:
-    """Carry out one try; what failed, or None."""
+    """Run one try; return the failure, or None."""
 
     def ring(*_: object) -> None:
         raise HangError

@@ -1,4 +1,4 @@
-"""Commands ended at random moments: which processes, half-written outputs and hidden files that leaves."""
+"""Commands ended at random moments, and the processes, partial outputs and hidden files they leave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.made import SHORT_OPTIONS
 
 PROGRAM = str(Path(sys.executable).with_name("sparsifiner-edge"))
 GONE_S = 2.0
-"""How long what a command started may outlive it."""
+"""Seconds that processes started by a command may outlive it."""
 _MARK = "SPARSIFINER_KILLED"
 _SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 VERBS = {
@@ -40,18 +40,18 @@ VERBS = {
     "sign": ("bundle sign {work}/signed --key {good}/keys/key.pem", 1),
     "keygen": ("bundle keygen -o {work}/k.pem", 0.8),
 }
-"""Commands, and about how many seconds they run."""
+"""Commands, and their approximate run time in seconds."""
 NEEDS = ("student", "bundle", "plain", "keys", "images", "results", "training")
 
 
 def arguments(name: str, good: Path, work: Path) -> list[str]:
-    """A command's; a training goes on where the one before was ended, if that had got so far."""
+    """Return a command's arguments; a training resumes the previous one if that got far enough."""
     begun = name == "distill" and (work / "better.training" / "checkpoint.safetensors").exists()
     return [*words(VERBS[name][0], good, work), *["--resume"] * begun]
 
 
 def require_whole(path: Path) -> None:
-    """Raise where what a command left is torn; what is not there is whole."""
+    """Raise if a command left incomplete output; missing output is accepted."""
     if not path.exists():
         return
     if path.is_dir() and path.name == "package":
@@ -64,7 +64,7 @@ def require_whole(path: Path) -> None:
         open_bundle(path)
     elif path.suffix == ".json":
         read_result(path)
-    elif path.suffix == ".jsonl":  # of images all lines or none; of a live source whole lines
+    elif path.suffix == ".jsonl":  # all lines of images or none; complete lines of a live source
         content = path.read_text()
         assert not content or content.endswith("\n"), content[-80:]
         for line in content.splitlines():
@@ -75,7 +75,7 @@ def require_whole(path: Path) -> None:
 
 
 def end_one(name: str, good: Path, work: Path, rng: random.Random) -> list[str]:
-    """Start a command, end it at some moment, and look at what is left; what is wrong with that."""
+    """Start a command, end it at a random moment, and return what is wrong with the leftovers."""
     (line, seconds), mark = VERBS[name], f"{os.getpid()}-{rng.random()}"
     with subprocess.Popen(
         [PROGRAM, *arguments(name, good, work)],
@@ -93,7 +93,7 @@ def end_one(name: str, good: Path, work: Path, rng: random.Random) -> list[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             return [f"did not end within 20 s of {chosen.name}"]
-    # Python's own start, before the first line of ours, answers Ctrl-C with a traceback of its own.
+    # Python's own start answers Ctrl-C with a traceback before our first line runs.
     ours = "Traceback" in said and "/sparsifiner_edge/" in said
     wrong = [f"traceback after {chosen.name}: {said[-300:]}"] if ours else []
     deadline = time.monotonic() + GONE_S
@@ -115,7 +115,7 @@ def end_one(name: str, good: Path, work: Path, rng: random.Random) -> list[str]:
 
 
 def marked(mark: str) -> list[int]:
-    """Processes with our mark in their environment."""
+    """Return processes with our mark in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -126,7 +126,7 @@ def marked(mark: str) -> list[int]:
 
 
 def left_over(name: str, good: Path, work: Path) -> list[str]:
-    """Run the command to its end: hidden and temporary files that still lie there."""
+    """Run the command to its end; return the hidden and temporary files that remain."""
     line = [PROGRAM, *arguments(name, good, work), *["--frames", "2"] * (name == "run test")]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:

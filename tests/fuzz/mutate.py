@@ -1,6 +1,7 @@
-"""Seeded mutations of what is read from outside: objects, JSON, TOML, bytes, zip archives; and values to put there.
+"""Seeded mutations of external input: objects, JSON, TOML, bytes, zip archives, and values to insert.
 
-Pure functions of a good example and a `random.Random`, so that a seed tells a try again. They know nothing of commands.
+Pure functions of a valid example and a `random.Random`, so that a seed reproduces a try. They are independent of
+commands.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 HUGE = 10**5000
-"""A whole number of more digits than Python reads or writes by itself."""
+"""A whole number of more digits than Python reads or writes by default."""
 NUMBERS: tuple[Any, ...] = (
     0,
     -1,
@@ -110,7 +111,7 @@ TEXTS = (
     '"',
     "x" * 256,
 )
-"""Texts that are seldom one: empty, 100 kB, escapes, markup, halves of characters."""
+"""Unusual texts: empty, 100 kB, escapes, markup, lone surrogates."""
 KEYS = (*TEXTS[:12], "__class__", "unavailable", "value", "schema_version", "kind", "name", "path", "\ud800", "a.b")
 """Names of entries."""
 _DIGITS = "9" * 5000
@@ -151,11 +152,11 @@ TOML_VALUES = (
 
 
 NESTED = json.loads('{"a":[' * 100 + "1" + "]}" * 100)
-"""Lists and objects in turn, one in the other: deeper than any file of ours, not too deep for any writer."""
+"""Alternately nested lists and objects: deeper than any file of ours, not too deep for any writer."""
 
 
 def value(rng: random.Random) -> Any:
-    """Anything that JSON can say, and NaN and infinity, which Python's reader takes too."""
+    """Return any JSON value, or NaN or infinity, which Python's reader accepts too."""
     kind = rng.randrange(10)
     if kind < 4:
         return rng.choice(NUMBERS)
@@ -169,7 +170,7 @@ def value(rng: random.Random) -> Any:
 
 
 def near(content: Any, rng: random.Random) -> Any:
-    """Something of the same type as `content`, or nearly: what a damaged or older file would hold."""
+    """Return a value of nearly the type of `content`: what a damaged or older file would hold."""
     if isinstance(content, bool):
         return rng.choice([not content, int(content), str(content)])
     if isinstance(content, (int, float)):
@@ -184,7 +185,7 @@ def near(content: Any, rng: random.Random) -> Any:
 
 
 def mutated_object(content: Any, rng: random.Random) -> Any:
-    """A copy of nested dicts and lists with 1 to 3 places changed: another value or type, missing, added, moved."""
+    """Copy nested dicts and lists with 1 to 3 changes: another value or type, missing, added, moved."""
     changed = copy.deepcopy(content)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = list(_places(changed))
@@ -196,7 +197,7 @@ def mutated_object(content: Any, rng: random.Random) -> Any:
 
 
 def _places(content: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key or index); of long lists some, so that samples do not outweigh all else."""
+    """Return every (container, key or index), but only some of long lists, so that samples do not dominate."""
     names: list[Any] = []
     if isinstance(content, dict):
         names = list(content)
@@ -226,11 +227,11 @@ def _change(holder: Any, name: Any, places: list[tuple[Any, Any]], rng: random.R
 
 
 def mutated_json(content: Any, rng: random.Random) -> bytes:
-    """JSON text of a changed copy; now and then with names that come twice, deep nesting, or damaged bytes."""
+    """Return JSON of a changed copy, sometimes with duplicate names, deep nesting or damaged bytes."""
     kind = rng.randrange(20)
     if kind == 0:
         return mutated_bytes(json_text(content), rng)
-    if kind == 1:  # In the place of a number what no object in memory could be.
+    if kind == 1:  # Replaces a number by what no object in memory could be.
         odd = (b"[" * 100_000, b'{"a":' * 100_000, b"1e999", b"-1e999", b"01", b"1" * 5000, b"\xff", b"+1", b"")
         return _replaced(json_text(content), _NUMBER, rng.choice(odd), rng)
     changed = mutated_object(content, rng)
@@ -240,14 +241,14 @@ def mutated_json(content: Any, rng: random.Random) -> bytes:
 
 
 def _replaced(written: Any, pattern: re.Pattern[Any], new: Any, rng: random.Random) -> Any:
-    """Another text in the place of one match, or of everything where there is none."""
+    """Replace one match, or everything if there is no match."""
     found = [match.span() for match in pattern.finditer(written)] or [(0, len(written))]
     start, end = rng.choice(found)
     return written[:start] + new + written[end:]
 
 
 def json_text(content: Any) -> bytes:
-    """JSON of everything that `value` gives: huge numbers and halves of characters included."""
+    """Return JSON of everything that `value` returns, including huge numbers and lone surrogates."""
     if isinstance(content, dict):
         pairs = (json_text(str(name)) + b":" + json_text(child) for name, child in content.items())
         return b"{" + b",".join(pairs) + b"}"
@@ -261,7 +262,7 @@ def json_text(content: Any) -> bytes:
 
 
 def mutated_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Cut, flipped, zeroed, doubled, appended, swapped, or other bytes altogether."""
+    """Return bytes that are cut, flipped, zeroed, doubled, appended, swapped or entirely different."""
     if not content:
         return rng.randbytes(8)
     start = rng.randrange(len(content))
@@ -284,7 +285,7 @@ def mutated_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_toml(content: str, rng: random.Random) -> bytes:
-    """TOML text with another value or name, a line less, twice, elsewhere, or damaged bytes."""
+    """Return TOML with another value or name, a line removed, repeated or moved, or damaged bytes."""
     lines = content.splitlines()
     if rng.random() < 0.15 or "=" not in content:
         return mutated_bytes(content.encode("utf-8"), rng)
@@ -307,7 +308,7 @@ def mutated_toml(content: str, rng: random.Random) -> bytes:
 
 
 def mutated_zip(content: bytes, rng: random.Random) -> bytes:
-    """A zip archive whose bytes are changed, or one of whose members is: other bytes, missing, renamed, or twice."""
+    """Return a zip archive with changed bytes, or with one member changed, missing, renamed or duplicated."""
     if rng.random() < 0.5:
         return mutated_bytes(content, rng)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -326,7 +327,7 @@ def mutated_zip(content: bytes, rng: random.Random) -> bytes:
     members[place : place + 1] = rng.choice(kinds)
     packed = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(packed, "w", rng.choice((0, zipfile.ZIP_DEFLATED))) as archive:
-        warnings.simplefilter("ignore")  # of names that come twice
+        warnings.simplefilter("ignore")  # of duplicate names
         for name, data in members:
             archive.writestr(name, data)
     return packed.getvalue()

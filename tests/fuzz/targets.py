@@ -1,5 +1,7 @@
-"""Tries with what a stranger may hand over: bundles (golden pairs, models, manifests, names that would be
-configuration), results, students, checkpoints, settings, options, and requests to the metrics server.
+"""Fuzz targets for everything untrusted.
+
+Bundles (golden pairs, models, manifests, names that act as configuration), results, sparse models, checkpoints,
+settings, options, and requests to the metrics server.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ VERIFY, BUILD, TRITON = (ON_BUNDLES[place] for place in (2, 4, -3))
 
 
 def one_of(one: Try, lines: tuple[str, ...] = ON_BUNDLES) -> None:
-    """One of the commands on the bundle; no package may hold a key, a line or a hidden character of a stranger's."""
+    """Run one of the commands on the bundle; no package may contain an injected key, line or hidden character."""
     out = one.work / "out"
     shutil.rmtree(out, ignore_errors=True)
     command(*one.words(one.rng.choice(lines)))
@@ -67,7 +69,7 @@ def one_of(one: Try, lines: tuple[str, ...] = ON_BUNDLES) -> None:
 
 
 def writable(text: str) -> str:
-    """Without halves of characters."""
+    """Return the text without lone surrogates."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -100,7 +102,7 @@ def golden(one: Try) -> None:
 
 
 def hostile_model(one: Try) -> None:
-    """Models that ONNX Runtime may take, and that are not what a bundle says."""
+    """Try models that ONNX Runtime may accept and that contradict the bundle."""
     bundle = one.copied("plain")
     model = onnx.load(bundle / "model.onnx")
     kind = one.number % 6
@@ -109,7 +111,7 @@ def hostile_model(one: Try) -> None:
     written = model.SerializeToString()
     (bundle / "model.onnx").write_bytes(written if kind else mutated_bytes(written, one.rng))
     reseal(bundle)
-    with contextlib.suppress(SparsifinerError):  # Signed by its maker: what is wrong is not who it is from.
+    with contextlib.suppress(SparsifinerError):  # Signed by its maker: the error is not about its origin.
         sign_bundle(bundle, one.good / "keys" / "key.pem")
     one_of(one)
 
@@ -125,7 +127,7 @@ ANSWERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("SequenceConstruct", {}),
     ("Unsqueeze", {}),
 )
-"""What could become of the features: operators with their attributes."""
+"""Possible operations on the features: operators with their attributes."""
 
 
 def _change_model(rng: random.Random, graph: Any, kind: int) -> None:
@@ -141,7 +143,7 @@ def _change_model(rng: random.Random, graph: Any, kind: int) -> None:
                 for place, old in enumerate(field):
                     field[place] = {"other": wanted, "features": "before"}.get(old, old)
             graph.output[0].name = wanted
-    elif kind == 2:  # Weights that are no numbers.
+    elif kind == 2:  # Weights that are NaN or infinite.
         tensor = rng.choice([t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT])
         values = np.full_like(onnx.numpy_helper.to_array(tensor), rng.choice([np.nan, np.inf, -np.inf, 1e38, 0.0]))
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
@@ -212,7 +214,7 @@ ENGINE = {
 
 
 def injection(one: Try) -> None:
-    """Names, labels and versions that would be keys or lines in a configuration."""
+    """Try names, labels and versions that could become keys or lines of a configuration."""
     bundle, bad = one.copied("plain"), writable(one.rng.choice(INJECTED))
     changes: dict[str, Any] = one.rng.choice(
         [
@@ -287,7 +289,7 @@ def checkpoint(one: Try) -> None:
 
 
 def _spoil_checkpoint(path: Path, rng: Any) -> None:
-    """What it says, or one of its tensors."""
+    """Change the metadata or one of the tensors."""
     import safetensors.torch
     import torch
 
@@ -305,13 +307,13 @@ def _spoil_checkpoint(path: Path, rng: Any) -> None:
 
 
 def settings(one: Try) -> None:
-    """Boards and recipes."""
+    """Try boards and recipes."""
     kind, folder = ("board", "profiles/boards") if one.number % 2 else ("recipe", "export/recipes")
     path = one.work / f"{kind}.toml"
     path.write_bytes(mutated_toml(one.rng.choice(sorted((ROOT / folder).glob("*.toml"))).read_text(), one.rng))
     if kind == "board":
         more = one.rng.choice(([], ["--json"]))
-        command("estimate", one.good / "bundle", "--board", path, "--precision", "fp32", *more)
+        command("estimate", one.good / "bundle", "--board", path, "--compute-precision", "fp32", *more)
         return
     from sparsifiner_edge.distill.recipe import read_recipe
     from sparsifiner_edge.records import write_record
@@ -344,7 +346,7 @@ NUMBERS = (
 USAGES = {
     "run {good}/plain --source {good}/images": "--threads --top --threshold --stall --metrics --frames",
     "profile {good}/plain": "--threads --seconds",
-    "estimate {good}/plain --board jetson-orin-nano-8gb": "--precision --power-mode",
+    "estimate {good}/plain --board jetson-orin-nano-8gb": "--compute-precision --power-mode",
     "build {good}/plain --backend tensorrt-rtx": "--compute-capability --timeout --batch --kernels",
     "report {good}/results/profile.json -o {work}/page.html": "--lang",
     "sparsify test_vit --weights {good}/weights.safetensors -o {work}/made": "--keep --set --token-keep --img-size",
@@ -354,11 +356,11 @@ USAGES = {
     "bundle verify {good}/plain": "--public-key --backend",
     "bundle sign {good}/plain": "--key",
 }
-"""Commands, and options of theirs that take a value."""
+"""Commands, and their options that take a value."""
 
 
 def usage(one: Try) -> None:
-    """Options with values that are none."""
+    """Try options with invalid values."""
     rng = one.rng
     line = rng.choice(list(USAGES))
     name = rng.choice(USAGES[line].split())
@@ -372,7 +374,7 @@ def usage(one: Try) -> None:
 
 
 def http(one: Try) -> None:
-    """Hostile clients of the metrics server, none of which ends one of its threads."""
+    """Run hostile clients of the metrics server; its threads must all survive."""
     request = b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\nUser-Agent: x\r\n\r\n"
     lost, status = list[Any](), Status("test", lambda _: None)
     watched = mock.patch.object(threading, "excepthook", lost.append)
@@ -407,4 +409,4 @@ TARGETS = {
     "usage": Target(601, usage, ("plain", "student", "results", "images")),
     "http": Target(200, http),
 }
-"""Classes of tries, and how many of each make a full run."""
+"""Targets and the number of tries of each in a full run."""

@@ -1,6 +1,4 @@
-"""Small models of transformers, with random weights that attend to something; and what makes a user's own models, good
-or bad: classes and functions, which the package takes alike.
-"""
+"""Small transformers models with random weights, and valid and invalid models of a user: classes and functions."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def model(name: str, seed: int = 0, **options: Any) -> Any:
-    """One of `MODELS`; queries and keys are scaled up, since fresh weights attend to everything alike."""
+    """Return one of `MODELS` with scaled queries and keys: attention of fresh weights is nearly uniform."""
     kind, own = MODELS[name]
     torch.manual_seed(seed)
     cls = getattr(transformers, kind)
@@ -40,7 +38,7 @@ def model(name: str, seed: int = 0, **options: Any) -> Any:
 
 
 def depth_anything(seed: int = 0) -> Any:
-    """Depth Anything V2 in small: reads four layers of DINOv2, gives depth [B,H,W]."""
+    """Return a small Depth Anything V2: reads four layers of DINOv2, outputs depth [B,H,W]."""
     backbone = transformers.Dinov2Config(
         **SIZES, image_size=140, out_indices=[1, 2, 3, 4], apply_layernorm=True, reshape_hidden_states=False
     )
@@ -70,7 +68,7 @@ def sharpen(module: torch.nn.Module) -> None:
 
 
 def saved(made: Any, folder: Path, processor: dict[str, Any] | None = None) -> Path:
-    """A model's folder, as transformers saves it."""
+    """Save a model's folder as transformers does."""
     made.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR if processor is None else processor))
     return folder
@@ -98,7 +96,7 @@ class Segmenter(nn.Module):
 
 
 class Masked(Segmenter):
-    """A mask [B,H,W] from 0 to 1, and another map."""
+    """Outputs a mask [B,H,W] from 0 to 1, and another map."""
 
     output_names = None
 
@@ -108,7 +106,7 @@ class Masked(Segmenter):
 
 
 class Depth(nn.Module):
-    """transformers' backbone, which records nothing of pixels."""
+    """The backbone of transformers, which records no normalisation."""
 
     image_mean, image_std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -122,14 +120,14 @@ class Depth(nn.Module):
 
 
 class TokensToo(Depth):
-    """An output with the name of what the backbone gives."""
+    """Has an output with the name of a backbone output."""
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         return {"tokens": super().forward(pixels)["depth"]}
 
 
 class Inside(nn.Module):
-    """Normalises inside, and declares nothing; what timm records for its encoder is something else."""
+    """Normalises inside and declares nothing; timm records another normalisation for its encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +140,7 @@ class Inside(nn.Module):
 
 
 class Outside(Inside):
-    """Its caller normalises."""
+    """Expects normalised input."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.encoder(pixels))

@@ -1,4 +1,4 @@
-"""A user's metrics, good and bad."""
+"""A user's metrics, valid and invalid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Covered:
-    """How much of the picture a mask covers: a score from 0 to 1 for each image, their mean for all."""
+    """Share of the image that a mask covers: a score from 0 to 1 per image, their mean over all images."""
 
     higher_is_better = True
 
@@ -26,7 +26,7 @@ class Covered:
 
 
 class Brightness(Covered):
-    """The mean of a map; none of one picture."""
+    """The mean of a map, over the whole set only."""
 
     def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
         self.seen.append(float(outputs["heat"].mean()))
@@ -34,7 +34,7 @@ class Brightness(Covered):
 
 
 class Sure(Covered):
-    """Of a classifier: the probability of its class; smaller is better."""
+    """For a classifier: the probability of its class; smaller is better."""
 
     higher_is_better = False
 

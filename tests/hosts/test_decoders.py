@@ -1,5 +1,6 @@
-"""Any module that contains a vision transformer, exported whole: named outputs, dense maps, sparse layers inside; what
-it expects of pixels, declared, given or recorded, never guessed; and what its classes are called.
+"""Tests of modules that contain a vision transformer: complete export, named outputs, dense maps, sparse layers.
+
+Normalisation is declared, given or recorded, never guessed; class names are kept.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ from tests.hosts.factories import (
 from tests.models import vit
 
 SEEN: Any = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-MERGED = {"keep": 0.4, "cells": 4, "channels": 8, "merge": 4}
+MERGED = {"keep": 0.4, "background_tokens": 4, "channels": 8, "merge": 4}
 OTHERS = [name for name in MODELS if name != "DINOv2"]
 EXAMPLE = torch.zeros(1, 3, 160, 160)
 
 
 def outputs(bundle: Bundle) -> dict[str, Any]:
-    """Names and shapes, once golden data agree."""
+    """Return names and shapes after checking golden data."""
     with flat.open_session(bundle.folder) as session:
         assert check_golden(session, bundle)
     return {output.name: output.shape for output in bundle.manifest.outputs}
@@ -132,12 +133,12 @@ class Wordy(Inside):
         (lambda: nn.Linear(2, 2), {}, UnsupportedModelError, "contains 0 vision transformers"),
         (Failing, {}, ConfigError, "Failing failed when it was called"),
         (Wordy, {}, ConfigError, "returns 2 values (str, Tensor)"),
-        (Inside, {"normalise": None}, ConfigError, "This Inside does not say"),
+        (Inside, {"normalise": None}, ConfigError, "This Inside declares no image_mean"),
         (Inside, {"normalise": 0.5}, ConfigError, "normalise is 0.5"),
         (Inside, {"normalise": SEEN[:1]}, ConfigError, "normalise is ((0.485, 0.456, 0.406),)"),
-        (Masked, {"normalise": None, "outputs": ["masks"]}, ConfigError, "gives no tensor 'masks'"),
-        (Segmenter, {"normalise": None, "outputs": ["a"]}, ConfigError, "for 1 outputs a"),
-        (Inside, {"example": EXAMPLE[..., :96, :96]}, ConfigError, "of 96 pixels, the model of 160"),
+        (Masked, {"normalise": None, "outputs": ["masks"]}, ConfigError, "returns no tensor named 'masks'"),
+        (Segmenter, {"normalise": None, "outputs": ["a"]}, ConfigError, "has 1 output names: a"),
+        (Inside, {"example": EXAMPLE[..., :96, :96]}, ConfigError, "96 pixels, the model 160"),
     ],
 )
 def test_what_is_refused_writes_nothing(
@@ -153,11 +154,11 @@ def test_what_is_refused_writes_nothing(
 HERE = "tests.hosts.factories"
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 GIVEN = ("--mean", "0.4,0.5,0.6", "--std", "0.2,0.25,0.3")
-FOLDED = "folded in: mean 0.4, 0.5, 0.6, std 0.2, 0.25, 0.3, scale 1/255"
+FOLDED = "normalisation in the file: mean 0.4, 0.5, 0.6, std 0.2, 0.25, 0.3, scale 1/255"
 
 
 def assert_answers(bundle: Path, module: nn.Module, mean: Any, std: Any) -> None:
-    """The file's answers to pixels are the module's own to what its caller makes of them."""
+    """Assert that the file answers pixels like the module answers the normalised input of its caller."""
     image = np.random.default_rng(0).integers(0, 256, (1, 160, 160, 3), dtype=np.uint8)
     x = ((torch.from_numpy(image).float() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -172,9 +173,19 @@ def assert_answers(bundle: Path, module: nn.Module, mean: Any, std: Any) -> None
     ("make", "options", "pixels", "said"),
     first(
         [
-            (Inside, ["--no-normalise"], ((0,) * 3, (1,) * 3), "no normalisation: the module does it itself"),
+            (
+                Inside,
+                ["--no-normalise"],
+                ((0,) * 3, (1,) * 3),
+                "no normalisation: the module normalises pixels from 0 to 1 itself",
+            ),
             (Outside, GIVEN, (MEAN, STD), FOLDED),
-            (Segmenter, [], (Segmenter.image_mean, Segmenter.image_std), "folded in: mean 0.485, 0.456,"),
+            (
+                Segmenter,
+                [],
+                (Segmenter.image_mean, Segmenter.image_std),
+                "normalisation in the file: mean 0.485, 0.456,",
+            ),
         ]
     ),
 )
@@ -223,7 +234,7 @@ def test_a_classifier_of_hugging_face_answers_as_itself_and_keeps_its_labels(tmp
 
 
 class Normalising(nn.Module):
-    """A user's own module around a classifier of transformers."""
+    """A user's module around a classifier of transformers."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
@@ -249,7 +260,7 @@ class Scores(Normalising):
 
 
 def test_a_teacher_of_the_same_function_expects_what_its_student_does(tmp_path: Path, pictures: Path) -> None:
-    student = se.sparsify(f"{HERE}:Inside", tmp_path / "s", keep=0.5, channels=8, cells=4, normalise=False)
+    student = se.sparsify(f"{HERE}:Inside", tmp_path / "s", keep=0.5, channels=8, background_tokens=4, normalise=False)
     out, few = tmp_path / "better", ("distil.steps=1", "reconstruct.steps=1", "images.held_out=1")
     flat.distill_student(student, pictures, out, teacher=f"{HERE}:Inside", trust=[HERE], overrides=few)
     assert json.loads((out / STUDENT_FILE).read_text())["normalisation"]["std"] == [1, 1, 1]

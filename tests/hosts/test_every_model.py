@@ -1,5 +1,7 @@
-"""Models of timm, transformers and another package made sparse in memory: dense where everything is read, whole and in
-raster order where tokens merge, as through a folder, restored without a trace; what cannot be taken is refused.
+"""Tests of models of timm, transformers and another package that are made sparse in memory.
+
+With all keys the model is dense; with merging, outputs are full-size and in raster order. Models are equal after
+saving, are restored without a trace, and unsupported ones are rejected.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ LARGE = {
     "vit_small_patch16_rope_mixed_224": {"img_size": (64, 112)},
     "eva_giant_patch14_224": {"img_size": 98, "embed_dim": 64, "depth": 2, "num_heads": 2},
 }
-"""As timm configures them."""
+"""timm models with their default configuration."""
 SMALL: dict[str, Make] = {
     TINY: functools.partial(vit, img_size=(96, 160)),
     "test_vit3": functools.partial(vit, "test_vit3"),
@@ -68,7 +70,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def states(made: nn.Module, x: Tensor) -> list[Tensor]:
-    """What every layer gives, and the final tokens."""
+    """Return the outputs of every layer, and the final tokens."""
     backbone, found = backbone_of(made), list[Tensor]()
     with contextlib.ExitStack() as stack:
         for layer in backbone.layers:
@@ -82,11 +84,11 @@ def test_everything_read_is_dense_attention(make: Make) -> None:
     made = make()
     x = images(backbone_of(made).image_size)
     before = states(made, x)
-    assert se.sparsify_model(made, tile=8, probe=8, channels=8, cells=0) is made
+    assert se.sparsify_model(made, tile=8, query_pool=8, channels=8, background_tokens=0) is made
     assert len(sparse_layers(made)) == len(backbone_of(made).layers)
     for layer in sparse_layers(made):
-        # Everything listed: sparse attention is then dense attention, and only packing could differ.
-        layer.layout = dataclasses.replace(layer.layout, keys=layer.layout.patches, cell=0)
+        # All keys listed: sparse attention is then dense attention, and only packing could differ.
+        layer.layout = dataclasses.replace(layer.layout, keys=layer.layout.patches, key_pool=0)
     for got, expected in zip(states(made, x), before, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
@@ -121,7 +123,7 @@ SETTINGS: list[dict[str, Any]] = [{"token_keep": ((3, 0.7),), "keep": (1, 0.1, 1
 def test_restoring_leaves_no_trace(make: Make, settings: dict[str, Any]) -> None:
     made = make()
     untouched, x = copy.deepcopy(made), images(backbone_of(made).image_size)
-    tile = {} if "preset" in settings else {"tile": 8, "channels": 8, "cells": 4}
+    tile = {} if "preset" in settings else {"tile": 8, "channels": 8, "background_tokens": 4}
     assert se.sparsify_model(made, **settings, **tile) is made
     learnt = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     assert not torch.equal(states(made, x)[-1], states(untouched, x)[-1])
@@ -138,7 +140,7 @@ def test_restoring_leaves_no_trace(make: Make, settings: dict[str, Any]) -> None
 def test_tokens_are_pruned_where_a_class_token_is() -> None:
     made = model("ViT")
     x = images((160, 160))
-    se.sparsify_model(made, keep=0.5, cells=4, channels=8, token_keep=((1, 0.6),))
+    se.sparsify_model(made, keep=0.5, background_tokens=4, channels=8, token_keep=((1, 0.6),))
     outputs = outputs_of(made, x)
     positions = outputs[POSITIONS]
     assert outputs["tokens"].shape == (2, 61, 64)
@@ -163,8 +165,8 @@ def test_a_module_around_it_is_called_with_its_own_images() -> None:
     pixels = torch.rand(3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     around, alone = Inside(), vit(num_classes=0)
     plain = around(pixels)
-    se.sparsify_model(around, keep=0.2, cells=4, calibrate=[pixels[:1], pixels[1:]])
-    se.sparsify_model(alone, keep=0.2, cells=4, calibrate=(pixels - 0.4) / 0.3)
+    se.sparsify_model(around, keep=0.2, background_tokens=4, calibrate=[pixels[:1], pixels[1:]])
+    se.sparsify_model(alone, keep=0.2, background_tokens=4, calibrate=(pixels - 0.4) / 0.3)
     assert same(around.encoder.state_dict(), alone.state_dict())
     assert not torch.equal(around(pixels), plain)
     assert torch.equal(se.restore_model(around)(pixels), plain)
@@ -262,7 +264,7 @@ def test_what_is_refused_with_the_reason_stays_as_it_was(make: Make, settings: d
 def test_masks_and_maps_of_attention_are_refused() -> None:
     made = se.sparsify_model(model("DINOv2"))
     x = images((140, 140))
-    with pytest.raises(ConfigError, match="no map of all its weights"):
+    with pytest.raises(ConfigError, match="cannot return its attention weights"):
         made(x, output_attentions=True)
     with pytest.raises(ConfigError, match="takes no attention mask"):
         made(x, attention_mask=torch.tensor([[1] * 100 + [0]] * 2))
@@ -276,5 +278,5 @@ def test_what_another_package_names_and_is_no_library_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_plugin(tmp_path / "site", monkeypatch, "hosts", foreign="tests.hosts.factories:Inside")
-    with pytest.raises(UnsupportedModelError, match="factories:Inside is no class of Backbone"):
+    with pytest.raises(UnsupportedModelError, match="factories:Inside is not a subclass of Backbone"):
         se.sparsify_model(nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""A user's own module, from the folder of its file: the whole way, held against the user's own call, and slips."""
+"""Tests of a user's own module, in the folder of its file: the complete workflow, the user's own call, and mistakes."""
 
 from __future__ import annotations
 
@@ -72,16 +72,18 @@ def place(
 def test_the_whole_way_as_printed(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the installed script: `python -m` would find the module anyway."""
+    """Uses the installed script: `python -m` would find the module anyway."""
     monkeypatch.setattr(commands, "PROGRAM", [Path(sys.executable).with_name("sparsifiner-edge")])
     done = process(*f"sparsify {PLAIN} -o own --calibrate images".split())
-    assert "no normalisation: the module does it itself" in done.out, done
+    assert "no normalisation: the module normalises" in done.out, done
     (words,) = re.findall("Next: sparsifiner-edge (.* --trust mymodels) -o BUNDLE/", done.out)
     failed = call(capsys, *words.split(), *EXPORT.split()[:-1], "mymodels:bgr")
     assert (failed.code, "mask of the dense model" in failed.err, "given BGR" in failed.err) == (1, True, True), failed
     assert not (place / "out").exists()
     done = process(*words.split(), *f"{EXPORT}:predict".split())
-    assert re.search(r"predict on 3 images; mask of the dense model \S+ of its range .* least cosine", done.out), done
+    assert re.search(
+        r"predict on 3 images; mask of the dense model differs by \S+ of its range .* least cosine", done.out
+    ), done
     assert process("run", "out", "--source", "images").out.count('"mask"') == 3
     assert f"sparsifiner-edge {words} -o BUNDLE/" in process("run", words.split()[1], "--source", "images").err
     content = json.loads((place / "own" / "config.json").read_text())
@@ -89,21 +91,21 @@ def test_the_whole_way_as_printed(
     (place / "own" / "config.json").write_text(json.dumps(content))
     monkeypatch.setattr(export, "float_file", pytest.fail)
     trained = call(capsys, *words.split(), "-o", "new", *["--data", "images", "--check", "mymodels:predict"])
-    assert_refused(trained, "A trained student is no longer the model")
+    assert_refused(trained, "A trained sparse model cannot be checked")
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (f"export mymodels:segmenter {IMAGENET} {EXPORT}:predict", "where it is given pixels from 0 to 1; the file"),
+        (f"export mymodels:segmenter {IMAGENET} {EXPORT}:predict", "is given pixels from 0 to 1, it agrees"),
         (f"export {PLAIN} {EXPORT}:bgr", "mask of the file"),
-        (f"export {PLAIN} {EXPORT}:cut", "mymodels:cut gives mask [5, 10], the file mask [1, 1, 10, 10]"),
+        (f"export {PLAIN} {EXPORT}:cut", "mymodels:cut returns mask [5, 10], the file mask [1, 1, 10, 10]"),
         (f"export {PLAIN} {EXPORT}:of_classes", "mymodels:of_classes failed: RuntimeError: Could not"),
         (f"export {PLAIN} --check mymodels:predict -o out", "Give both: --check module:function --data"),
-        ("sparsify mymodls:segmenter -o out", "'mymodls', looked for from PLACE. Did you mean mymodels?"),
+        ("sparsify mymodls:segmenter -o out", "'mymodls' in PLACE. Did you mean mymodels?"),
         ("sparsify mymodels:segmentr -o out", "mymodels (PLACE/mymodels.py) has no 'segmentr'. Did you mean segmenter"),
-        ("sparsify mymodels:of_classes -o out", "mymodels:of_classes needs classes."),
-        ("sparsify mymodels:sized --like images/picture0.png -o out", "Give --img-size (--like needs a default)"),
+        ("sparsify mymodels:of_classes -o out", "mymodels:of_classes requires the arguments: classes."),
+        ("sparsify mymodels:sized --like images/picture0.png -o out", "Give --img-size (--like requires a default)"),
         ("sparsify broken:model -o out", "broken cannot be imported: ModuleNotFoundError: No module named 'nothing_of"),
         ("sparsify mymodels.py -o out", "mymodels.py is a file, not a model."),
         ("sparsify student -o out", "student is a student, not a model."),
@@ -111,7 +113,7 @@ def test_the_whole_way_as_printed(
         ("export nothere -o out", "timm has no model 'nothere', and no folder has that name."),
         ("export vit_small_patch14_dinov2.lvd142 -o out", "Did you mean vit_small_patch14_dinov2.lvd142m"),
         ("run student --source images", "is a student, not a bundle. Export it: sparsifiner-edge export student"),
-        ("run bundle/model.onnx --source images", "is not a folder. Give the folder that it lies in: bundle"),
+        ("run bundle/model.onnx --source images", "is not a folder. Give its folder: bundle"),
         ("distill bundle --data images -o out", "bundle is a bundle, not a student."),
         ("evaluate images --data images", "images is not a student or bundle."),
     ],
@@ -132,5 +134,5 @@ def test_a_student_brings_no_code(
         content = json.loads((student / "config.json").read_text()) | {"host": "factory", "model": f"{module}:f"}
         (student / "config.json").write_text(json.dumps(content))
         outcome = call(capsys, "export", student, "--trust", module, "-o", place / "out")
-        assert_refused(outcome, f"would bring the code of '{module}' itself")
+        assert_refused(outcome, f"The code of module '{module}' would be imported from")
         monkeypatch.chdir(student)

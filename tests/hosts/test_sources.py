@@ -1,4 +1,4 @@
-"""Models from Hugging Face's folders and from a user's own functions: student, training, bundle."""
+"""Tests of models from Hugging Face folders and from a user's functions: sparse model, training, bundle."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_folder_of_hugging_face(tmp_path: Path, pictures: Path, name: str) -> 
     made = model(name)
     folder = saved(made, tmp_path / "model")
     student = tmp_path / "student"
-    se.sparsify(str(folder), student, keep=0.5, cells=4, channels=8, merge=(2,), calibrate=pictures)
+    se.sparsify(str(folder), student, keep=0.5, background_tokens=4, channels=8, merge=(2,), calibrate=pictures)
     found = load_student(student)
     assert (found.host, found.name) == ("transformers", type(made).__name__)
     assert found.normalisation.mean == (0.5, 0.4, 0.3)
@@ -68,9 +68,9 @@ def test_a_trained_student_of_a_folder(tmp_path: Path, dinov2: Path, pictures: P
     ("name", "size"), [("DINOv2", (70, 112)), ("ViT", (96, 160)), ("SigLIP", (96, 160)), ("CLIP", 224)]
 )
 def test_another_size_than_the_configurations(tmp_path: Path, name: str, size: Any) -> None:
-    """DINOv2's embedding of positions is worked out in an exported file, those of the others are resampled at once."""
+    """An exported file computes DINOv2's position embedding; those of the others are resampled at once."""
     folder = saved(model(name), tmp_path / "model")
-    student = se.sparsify(str(folder), tmp_path / "student", img_size=size, keep=0.9, cells=4, channels=8)
+    student = se.sparsify(str(folder), tmp_path / "student", img_size=size, keep=0.9, background_tokens=4, channels=8)
     found = load_student(student)
     assert found.img_size == size
     x = images(found.backbone.image_size)
@@ -113,7 +113,7 @@ def test_a_users_function(tmp_path: Path, pictures: Path, capsys: pytest.Capture
     student = tmp_path / "student"
     se.sparsify(f"{HERE}:Segmenter", student, keep=0.5, channels=8, merge=(2,), calibrate=pictures)
     refused = call(capsys, "export", student, "-o", tmp_path / "bundle")
-    assert_refused(refused, f"made by the code of '{HERE}'", f"--trust {HERE}")
+    assert_refused(refused, f"runs the code of module '{HERE}'", f"--trust {HERE}")
     assert not (tmp_path / "bundle").exists()
     found = load_student(student, trust=[HERE])
     x = images((160, 160))
@@ -158,7 +158,7 @@ def _pickled(folder: Path) -> None:
 
 
 def _sharded(folder: Path) -> None:
-    """An index that names a file elsewhere."""
+    """Write an index that names a file elsewhere."""
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"layernorm.weight": "/etc/passwd"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -179,7 +179,7 @@ def _nested(folder: Path) -> None:
         (_config(num_hidden_layers=2**30), "config.json: num_hidden_layers is 1073741824"),
         (_config(transformers_weights="../other.safetensors"), "transformers_weights is '../other.safetensors'"),
         (_nested, "could not be loaded by transformers"),
-        (lambda folder: (folder / "config.json").unlink(), "not a student, nor saved by transformers"),
+        (lambda folder: (folder / "config.json").unlink(), "neither a student nor a folder saved by transformers"),
         (_pixels(image_mean=None), "no image_mean and image_std"),
         (_pixels(image_std=[0, 1, 1]), "std is (0.0, 1.0, 1.0)"),
         (_pixels(rescale_factor=1e-320), "is (inf, inf, inf)"),

@@ -1,10 +1,10 @@
-"""Makes allocations of the native library fail, one after the other, and looks at what comes of it.
+"""Injects allocation failures into the native library, one after the other, and checks the outcome.
 
 In each of many trials a new session of a new thread is made and run while one allocation fails, or all from one on.
-ONNX Runtime must raise an error, or give the right answer where the memory was not needed after all. The next run must
-give the right answer, to the bit. A crash or a hang is a failure.
+ONNX Runtime must raise an error, or return the right answer if the memory was not needed. The next run must return the
+right answer, bit by bit. A crash or a hang is a failure.
 
-`python -m tests.native.allocation LIBRARY TRIALS SEED`, where failing.c is preloaded, prints what came of them as JSON.
+`python -m tests.native.allocation LIBRARY TRIALS SEED`, with failing.c preloaded, prints the outcomes as JSON.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tests.ops.matrix import Case, cases, feed, one_node
 
 HERE = Path(__file__).parent
 LIMIT_S = 0.5
-"""Seconds that a trial may take, on average; a good one takes some milliseconds."""
+"""Average limit of a trial in seconds; a good one takes some milliseconds."""
 SUPPORTED = (
     tuple(map(int, (platform.libc_ver()[1] or "0.0").split("."))) >= (2, 35) and platform.libc_ver()[0] == "glibc"
 )
-"""Whether failing.c can be built and used here."""
+"""True if failing.c can be built and used on this platform."""
 
 
 SUBJECTS = {
@@ -42,11 +42,11 @@ SUBJECTS = {
     for width in (16, 20)
     for case in cases(name, width=width)
 }
-"""By name; rows of 20 channels are packed. MergeTokens takes no memory of its own."""
+"""Operators by name; rows of 20 channels are packed. MergeTokens allocates nothing of its own."""
 
 
 class Trial(NamedTuple):
-    """Which allocation fails: the n-th of those counted, and with `always` all later ones."""
+    """Failing allocation: the n-th counted one, and with `always` all later ones."""
 
     subject: str
     n: int
@@ -55,14 +55,14 @@ class Trial(NamedTuple):
 
 def build_shim(folder: Path) -> Path:
     shim = folder / "failing.so"
-    # In C, so that it does not bring the C++ runtime in earlier than Python would.
+    # In C, so that it does not load the C++ runtime earlier than Python would.
     command = ["g++", "-x", "c", "-O1", "-shared", "-fPIC", str(HERE / "failing.c"), "-o", str(shim)]
     subprocess.run(command, check=True)
     return shim
 
 
 class Bench:
-    """Runs trials in this process; without `shim` just sessions."""
+    """Runs trials in this process; without `shim`, plain sessions."""
 
     def __init__(self, library: str, subjects: Mapping[str, Case] = SUBJECTS, shim: bool = True) -> None:
         self.library = library
@@ -88,7 +88,7 @@ class Bench:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def counted(self, subject: str) -> int:
-        """Allocations of a new session, until its first answer."""
+        """Return the allocations of a new session up to its first answer."""
         outcome = self.run(Trial(subject, 0, False))
         assert outcome == "right", f"{subject}: {outcome} though nothing failed"
         count = int(self.shim.failing_counted())
@@ -96,7 +96,7 @@ class Bench:
         return count
 
     def run(self, trial: Trial) -> str:
-        """What came of it, in a thread of its own."""
+        """Run a trial in a new thread and return its outcome."""
         outcome = ["no outcome"]
         thread = threading.Thread(target=lambda: outcome.__setitem__(0, self._run(trial)))
         thread.start()
@@ -123,7 +123,7 @@ class Bench:
 
 
 def measure(library: str, count: int, seed: int) -> dict[str, Any]:
-    """In the process whose allocations fail: `count` trials."""
+    """Run `count` trials in the process whose allocations fail."""
     bench, counts, wrong = Bench(library), Counter[str](), list[str]()
     every = [
         Trial(subject, n, always)
@@ -142,7 +142,7 @@ def measure(library: str, count: int, seed: int) -> dict[str, Any]:
 
 
 def measured(shim: Path, count: int, seed: int) -> dict[str, Any]:
-    """The same, of a process of its own."""
+    """Run trials in a separate process."""
     command = [sys.executable, "-m", "tests.native.allocation", str(native.library_path())]
     done = subprocess.run(
         [*command, str(count), str(seed)],

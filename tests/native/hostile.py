@@ -1,7 +1,7 @@
-"""Models of a few hundred bytes whose sizes are absurd, run one after the other: what ONNX Runtime says to each.
+"""Runs models of a few hundred bytes with absurd sizes and records the answer of ONNX Runtime to each.
 
-`python -m tests.native.hostile LIBRARY` prints them as JSON, in a process that may have 6 GB and no more. Tensors are
-made inside the model, by ConstantOfShape, since NumPy refuses many of these shapes itself.
+`python -m tests.native.hostile LIBRARY` prints them as JSON, in a process limited to 6 GB. Tensors are made inside the
+model by ConstantOfShape, since NumPy itself rejects many of these shapes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 
 LIMIT, ROOM = 6 << 30, 400 << 20
 MOST = 2**31 - 1
-"""The largest value that an attribute may have."""
+"""Largest allowed value of an attribute."""
 
 
 class Case(NamedTuple):
-    """A node, the shapes of its inputs, and what must come of it: the output's shape, or words of an error.
+    """A node, its input shapes, and the expected result: the output's shape, or a part of the error message.
 
     Attributes:
-        scarce: whether the process may have no more than ROOM above what it has.
+        scarce: Limit the process to ROOM more memory than it has.
     """
 
     op: str
@@ -38,14 +38,14 @@ class Case(NamedTuple):
 
 
 def _select(qkv: list[int], heads: int, outcome: str, channels: int = 1, **changes: int | float) -> Case:
-    """KeySelect, one key, the least tiles."""
-    attributes = {"num_prefix": 0, "probe": 1, "tile": 1, "cell": 0, "keys": 1, "value_power": 0.0, **changes}
+    """Return a KeySelect node with one key and the fewest tiles."""
+    attributes = {"num_prefix": 0, "query_pool": 1, "tile": 1, "key_pool": 0, "keys": 1, "value_power": 0.0, **changes}
     proj = [heads, qkv[2] // (3 * heads), channels] if qkv[0] else [1, 1, channels]
     return Case("KeySelect", [qkv, qkv[:2], proj, proj], {"num_heads": heads, **attributes}, outcome)
 
 
 def _attend(qkv: list[int], heads: int, indices: list[int], outcome: str, **changes: int) -> Case:
-    attributes = {"num_prefix": 0, "prefix_keys": 1, "tile": 16, "cell": 0, **changes}
+    attributes = {"num_prefix": 0, "prefix_keys": 1, "tile": 16, "key_pool": 0, **changes}
     return Case("SparseAttention", [qkv, qkv[:2], indices], {"num_heads": heads, **attributes}, outcome)
 
 
@@ -55,7 +55,7 @@ def _plain(qkv: list[int], heads: int, outcome: str) -> Case:
 
 PLACES, MEMORY, SMALL = "too large for 32-bit places", "out of memory", [1, 40, 24]
 CASES = [
-    # No elements, and sizes whose product passes 2^63: undefined in signed numbers, small again in unsigned ones.
+    # No elements, and sizes whose product exceeds 2^63: undefined as signed, small again as unsigned numbers.
     _plain([0, 2**40, 3 * 2**30], 2**30, PLACES),
     _plain([0, 2**32, 3 * 2**32], 1, PLACES),
     _plain([0, 2**62, 12], 1, PLACES),
@@ -67,21 +67,21 @@ CASES = [
     _plain([0, 40, 24], 2, "[0, 40, 8]"),
     _plain([0, 1, 3 * 2**30], 2**30, f"[0, 1, {2**30}]"),
     _select([0, 40, 3], 1, "[0, 1, 40, 1]"),
-    _select([0, 40, 3], 1, "[0, 1, 1, 40]", tile=MOST, cell=MOST, keys=40, value_power=2.0),
-    _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]", cell=MOST),
-    # Settings beyond every tensor, at the edge of what is allowed, or past it.
-    _select(SMALL, 2, "[1, 2, 1, 1]", probe=MOST, tile=MOST, cell=MOST),
-    _select(SMALL, 2, "[1, 2, 1, 1]", probe=1, tile=MOST, cell=MOST, value_power=2.0),
+    _select([0, 40, 3], 1, "[0, 1, 1, 40]", tile=MOST, key_pool=MOST, keys=40, value_power=2.0),
+    _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]", key_pool=MOST),
+    # Settings larger than every tensor, at the limit of the allowed range, or beyond it.
+    _select(SMALL, 2, "[1, 2, 1, 1]", query_pool=MOST, tile=MOST, key_pool=MOST),
+    _select(SMALL, 2, "[1, 2, 1, 1]", query_pool=1, tile=MOST, key_pool=MOST, value_power=2.0),
     _select(SMALL, 2, "keys exceed", keys=MOST),
     _select(SMALL, 2, "leave no patch", num_prefix=MOST),
-    _attend(SMALL, 2, [1, 2, 1, 5], "[1, 40, 8]", tile=MOST, cell=MOST),
+    _attend(SMALL, 2, [1, 2, 1, 5], "[1, 40, 8]", tile=MOST, key_pool=MOST),
     _attend(SMALL, 2, [1, 2, 1, 5], "leave no patch", num_prefix=MOST),
-    *(_select(SMALL, 2, f"{name} is {2**31}", **{name: 2**31}) for name in ("probe", "tile", "cell", "keys")),
-    _attend(SMALL, 2, [1, 2, 3, 5], f"cell is {-(2**63)}", cell=-(2**63)),
-    # More memory than there is: the call's, asked for on the calling thread.
-    _select([1, 2**24, 3], 1, MEMORY, channels=128, probe=MOST, tile=MOST),
-    _select([2, 2**20, 3], 1, MEMORY, channels=2**13, probe=MOST, tile=MOST),
-    # And each thread's own, asked for there: 16 rows of as many logits as tokens.
+    *(_select(SMALL, 2, f"{name} is {2**31}", **{name: 2**31}) for name in ("query_pool", "tile", "key_pool", "keys")),
+    _attend(SMALL, 2, [1, 2, 3, 5], f"key_pool is {-(2**63)}", key_pool=-(2**63)),
+    # More memory than available: the buffers of the call, allocated on the calling thread.
+    _select([1, 2**24, 3], 1, MEMORY, channels=128, query_pool=MOST, tile=MOST),
+    _select([2, 2**20, 3], 1, MEMORY, channels=2**13, query_pool=MOST, tile=MOST),
+    # And the buffers of each thread, allocated there: 16 rows of as many logits as tokens.
     _select([2, 2**22, 3], 1, MEMORY, tile=MOST)._replace(scarce=True),
 ]
 
@@ -114,14 +114,14 @@ def outcome(library: str, case: Case) -> str:
         session: Any = onnxruntime.InferenceSession(model(case), options, providers=["CPUExecutionProvider"])
         resource.setrlimit(resource.RLIMIT_AS, (mapped() + ROOM if case.scarce else LIMIT, LIMIT))
         return str(list(session.run(None, {})[0].shape))
-    except Exception as error:  # ONNX Runtime's own share no base.
+    except Exception as error:  # ONNX Runtime's own exceptions share no base class.
         return f"{type(error).__name__}: {error}"
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
 
 
 def mapped() -> int:
-    """Bytes of address space that this process has."""
+    """Return the address space of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 

@@ -1,6 +1,4 @@
-"""One table of shapes that do not fit each other, which every backend of the native library refuses, by name and before
-it computes.
-"""
+"""Tests of mismatched shapes: every backend of the native library rejects them by name before it computes."""
 
 from __future__ import annotations
 
@@ -28,14 +26,14 @@ LEAST: dict[str, dict[str, Any]] = {
     "KeySelect": {
         "num_heads": 2,
         "num_prefix": 1,
-        "probe": 1,
+        "query_pool": 1,
         "tile": 1,
-        "cell": 0,
+        "key_pool": 0,
         "keys": 1,
         "scale": 1.0,
         "value_power": 0.0,
     },
-    "SparseAttention": {"num_heads": 2, "num_prefix": 1, "tile": 16, "cell": 0, "scale": 1.0, "prefix_keys": 1},
+    "SparseAttention": {"num_heads": 2, "num_prefix": 1, "tile": 16, "key_pool": 0, "scale": 1.0, "prefix_keys": 1},
     "DenseAttention": {"num_heads": 2, "scale": 1.0},
     "CachedAttention": {"num_heads": 2, "scale": 1.0},
     "MatchTokens": {"num_heads": 2, "num_prefix": 1, "window": 16, "merged": 5},
@@ -43,43 +41,43 @@ LEAST: dict[str, dict[str, Any]] = {
 }
 NAN = float("nan")
 X, QKV, SIZES, LISTS, PROJ = [1, 64, 8], [1, 64, 24], [1, 64], [1, 2, 4, 5], [2, 4, 2]
-"""What fits."""
+"""Matching shapes."""
 TABLE: list[tuple[str, list[list[int]], dict[str, Any]]] = [
-    # Fewer sizes than tokens, or more, or of another batch.
+    # Fewer or more sizes than tokens, or sizes of another batch.
     ("MergeTokens", [X, [1, 1], [1, 60, 2]], {}),
     ("DenseAttention", [[2, 64, 24], [1, 128]], {}),
     ("KeySelect", [QKV, [1, 63], PROJ, PROJ], {}),
     ("MatchTokens", [QKV, [1, 65]], {}),
-    # Pairs of more tokens than there are, of none, of three, of another batch.
+    # Pairs of more tokens than there are, of none, of three.
     ("MergeTokens", [X, SIZES, [1, 65, 2]], {}),
     ("MergeTokens", [X, SIZES, [1, 0, 2]], {}),
     ("MergeTokens", [X, SIZES, [1, 40, 3]], {}),
-    # One list for four million tiles; lists of other heads, of no key, of more keys than there are.
+    # One list for four million tiles; lists of other heads, without keys, with more keys than there are.
     ("SparseAttention", [[1, 4_000_001, 3], [1, 4_000_001], [1, 1, 1, 1]], {"num_heads": 1, "tile": 1}),
     ("SparseAttention", [QKV, SIZES, [1, 1, 4, 5]], {}),
     ("SparseAttention", [QKV, SIZES, [1, 2, 4, 0]], {}),
     ("SparseAttention", [QKV, SIZES, [1, 2, 4, 64]], {}),
     ("SparseAttention", [QKV, SIZES, LISTS], {"num_prefix": 64}),
-    # Projections of other heads, widths, channels, and of none.
+    # Projections of other heads, widths, channels, and without channels.
     ("KeySelect", [QKV, SIZES, [1, 4, 2], [1, 4, 2]], {}),
     ("KeySelect", [QKV, SIZES, PROJ, [2, 4, 1]], {}),
     ("KeySelect", [QKV, SIZES, [2, 4, 0], [2, 4, 0]], {}),
-    # No tokens, no channels, and none that heads could share.
+    # No tokens, no channels, and channels that the heads cannot share.
     ("DenseAttention", [[1, 0, 24], [1, 0]], {}),
     ("DenseAttention", [[1, 64, 0], SIZES], {}),
     ("DenseAttention", [[1, 64, 23], SIZES], {}),
-    # A cache of other channels, of another batch, of none, with counts of more.
+    # A cache of other channels, of another batch, empty, with more counts.
     ("CachedAttention", [QKV, [1, 64, 14], SIZES], {}),
     ("CachedAttention", [QKV, [2, 64, 16], [2, 64]], {}),
     ("CachedAttention", [QKV, [1, 0, 16], [1, 0]], {}),
     ("CachedAttention", [QKV, [1, 63, 16], SIZES], {}),
-    # Attributes that no shape suits.
-    *(("KeySelect", [QKV, SIZES, PROJ, PROJ], change) for change in ({"keys": 64}, {"probe": 3}, {"scale": NAN})),
+    # Attributes that fit no shape.
+    *(("KeySelect", [QKV, SIZES, PROJ, PROJ], change) for change in ({"keys": 64}, {"query_pool": 3}, {"scale": NAN})),
     *(("SparseAttention", [QKV, SIZES, LISTS], change) for change in ({"prefix_keys": 0}, {"num_heads": 7})),
     *(("DenseAttention", [QKV, SIZES], change) for change in ({"num_heads": 0}, {"num_heads": -1}, {"scale": NAN})),
     *(("MatchTokens", [QKV, SIZES], {"merged": merged}) for merged in (32, 0, 2**31, -1)),
     *(("MatchTokens", [QKV, SIZES], {"window": window}) for window in (0, 3)),
-    # Axes too few and too many.
+    # Too few and too many axes.
     ("DenseAttention", [[64, 24], [64]], {}),
     ("DenseAttention", [[1, 1, 64, 24], SIZES], {}),
     ("MergeTokens", [[64, 8], SIZES, [1, 40, 2]], {}),
@@ -110,7 +108,7 @@ def in_an_extension(op: str, attributes: dict[str, Any], inputs: list[np.ndarray
 
 
 def by_name(op: str, attributes: dict[str, Any], inputs: list[np.ndarray]) -> None:
-    """By the bindings of the C interface, into room for as much as the first input has."""
+    """Call the C interface with an output buffer of the first input's size."""
     output = np.zeros(max(inputs[0].size, 64), np.int32 if OPERATORS[op].output.dtypes == ("int32",) else np.float32)
     with contextlib.closing(Operators(1)) as operators:
         operators.run(op, attributes, inputs, output)
@@ -128,7 +126,7 @@ def test_shapes_that_do_not_fit_are_refused(run: Callable[..., None], row: tuple
 
 @pytest.mark.parametrize("kind", [np.uint8, np.float16, np.float64, np.int64])
 def test_an_extension_takes_the_schemas_types_alone(kind: Any) -> None:
-    """What is of fewer bytes would be read beyond its end."""
+    """Smaller element types would be read beyond their end."""
     case = cases("SparseAttention")[0]
     inputs = case.inputs()
     for number in range(len(inputs)):
@@ -139,7 +137,7 @@ def test_an_extension_takes_the_schemas_types_alone(kind: Any) -> None:
 
 @contextlib.contextmanager
 def well_called(op: str) -> Iterator[tuple[list[ctypes.Structure], Callable[[], int], ctypes.Structure]]:
-    """The arguments of a call of the C interface that is well, what calls it, and its message."""
+    """Return valid arguments of a C call, a function that makes the call, and its message."""
     case = cases(op)[0]
     inputs = case.inputs()
     shapes = [x.shape for x in inputs]
@@ -172,7 +170,8 @@ def test_the_c_interface_counts_elements_and_refuses_sizes_that_are_none(op: str
                     said = answer.message.decode()
                     assert said if name != "count" else f" has {wrong} elements, not " in said
                 setattr(owner, name, right)
-        for tensor in [x for x in tensors if x.count]:  # Without an output a call asks whether it would be refused.
+        # Without an output, the call only reports whether it would be rejected.
+        for tensor in [x for x in tensors if x.count]:
             address, tensor.data = tensor.data, None
             assert call() == (tensor is not held[-1]), tensor
             assert tensor is held[-1] or answer.message.decode().endswith(" is null")
@@ -190,5 +189,5 @@ def test_types_are_the_schemas() -> None:
         [qkv.astype(np.float64), sizes, lists],
         [np.asfortranarray(qkv), sizes, lists],
     ):
-        with pytest.raises(BackendError, match=r"sparsifiner::SparseAttention: got .* for contiguous (float|int)32"):
+        with pytest.raises(BackendError, match=r"sparsifiner::SparseAttention: \w+ must be contiguous (float|int)32"):
             by_name("SparseAttention", case.attributes, wrong)

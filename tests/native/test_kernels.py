@@ -1,4 +1,4 @@
-"""The native kernels: against the NumPy reference on every instruction set of this machine, repeatable, bounded."""
+"""Tests of the native kernels on every instruction set of this machine: accuracy, repeatability, bounds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OUTSIDE = (-1, 130, 2**31 - 1, -(2**31))
 
 
 def session(case: Case, inputs: list[np.ndarray]) -> Callable[[], np.ndarray]:
-    """A node in ONNX Runtime with the library, to be run again and again."""
+    """Return a session of one node with the library, for repeated runs."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     options.register_custom_ops_library(str(native.library_path()))
@@ -74,7 +74,7 @@ def test_agrees_with_the_reference_on_any_number_of_threads(name: str, precision
 @LACKING
 def test_lists_of_one_query_and_prefix_rows_stay_float32() -> None:
     single = PAPER[0]
-    assert (single.attributes["tile"], single.attributes["cell"]) == (1, 0)
+    assert (single.attributes["tile"], single.attributes["key_pool"]) == (1, 0)
     tiles = next(c for c in cases("SparseAttention") if c.prefix and c.attributes["tile"] > 1)
     with contextlib.closing(Operators(1, True)) as halves, contextlib.closing(Operators(1)) as exact:
         inputs = single.inputs()
@@ -116,7 +116,8 @@ def test_of_pairs_as_close_the_smaller_merges() -> None:
     qkv, sizes = case.inputs()
     qkv[:, prefix:] = qkv[:, prefix, None]
     turned = qkv[:, prefix] * np.where(np.arange(qkv.shape[-1]) % 2, 1, -1)
-    qkv[:, prefix + 1 :: 2] = turned[:, None]  # Seekers are alike, the sought are alike, and each pair as close.
+    # All sources are alike, all targets are alike, and all pairs equally similar.
+    qkv[:, prefix + 1 :: 2] = turned[:, None]
     sizes[:] = 5
     sizes[:, [prefix + 20, prefix + 21]] = 1
     for run in (run_native, run_reference, run_torch, run_body):
@@ -128,7 +129,7 @@ def test_of_pairs_as_close_the_smaller_merges() -> None:
 @pytest.mark.parametrize("wrong", OUTSIDE)
 @pytest.mark.parametrize("merged", [False, True])
 def test_indices_outside_touch_nothing_outside(wrong: int, merged: bool) -> None:
-    case = next(c for c in cases("SparseAttention", merged=merged) if c.patches == 130 and c.attributes["cell"])
+    case = next(c for c in cases("SparseAttention", merged=merged) if c.patches == 130 and c.attributes["key_pool"])
     qkv, sizes, lists = case.inputs()
     fine = run_native(case, [qkv, sizes, lists])
     unsorted = np.ascontiguousarray(lists[..., ::-1])
@@ -136,7 +137,7 @@ def test_indices_outside_touch_nothing_outside(wrong: int, merged: bool) -> None
     lists[:, 0, 0] = wrong
     rows = slice(case.prefix + case.attributes["tile"], None)
     got = run_native(case, [qkv, sizes, lists])
-    np.testing.assert_array_equal(got[:, rows], fine[:, rows])  # other tiles are as they were
+    np.testing.assert_array_equal(got[:, rows], fine[:, rows])  # other tiles are unchanged
 
 
 @pytest.mark.parametrize("wrong", OUTSIDE)

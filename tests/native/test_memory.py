@@ -1,4 +1,4 @@
-"""The native kernels where memory runs out or sizes are absurd: errors of ONNX Runtime's, and no more than that."""
+"""Tests of the native kernels without memory and with absurd sizes: the only result is an ONNX Runtime error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIBRARY = native.library_path()
 
 
 def run(script: str, **environment: str) -> str:
-    """What a process of its own prints."""
+    """Return the output of a separate process."""
     command = [sys.executable, "-c", script, str(LIBRARY)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -41,12 +41,14 @@ def test_every_failed_allocation_is_an_error_and_leaves_the_session_well(shim: P
     result = allocation.measured(shim, 360, seed=0)
     assert result["failures"] == 0, "\n".join(result["first"])
     assert result["trials"] == 360
-    assert result["raised"] > 300  # else nothing failed
+    assert result["raised"] > 300  # otherwise nothing failed
 
 
 def test_the_library_asks_for_memory_only_where_it_looks_at_the_answer() -> None:
-    """Not by `new`, strings and the like, which throw, nor for thread-local variables: those are allocated when a
-    thread first touches them, and the C library ends the process where that fails.
+    """Allocation must be checked: `new`, strings and the like throw.
+
+    Thread-local variables are excluded too: they are allocated when a thread first uses them, and the C library ends
+    the process if that fails.
     """
     command = ["nm", "-D", "--undefined-only", str(LIBRARY)]
     used = {line.split()[-1].split("@")[0] for line in subprocess.check_output(command, text=True).splitlines()}
@@ -56,7 +58,7 @@ def test_the_library_asks_for_memory_only_where_it_looks_at_the_answer() -> None
 
 
 def test_memory_is_given_back_with_the_last_session() -> None:
-    """Some 100 MB of answers and logits, kept from call to call, and then no more."""
+    """Some 100 MB of answers and logits are kept between calls, and freed with the last session."""
     script = (
         "import sys\n"
         "from tests.native.allocation import Bench\n"
@@ -64,7 +66,7 @@ def test_memory_is_given_back_with_the_last_session() -> None:
         "def resident():\n"
         "    return int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1]) // 1024\n"
         "small = cases('KeySelect')[0]\n"
-        "changes = {'num_heads': 1, 'tile': 2**21, 'probe': 2**21, 'cell': 0, 'value_power': 0.0}\n"
+        "changes = {'num_heads': 1, 'tile': 2**21, 'query_pool': 2**21, 'key_pool': 0, 'value_power': 0.0}\n"
         "large = Case(small.op, small.attributes | changes, 2**21, width=1, merged=False)\n"
         "bench = Bench(sys.argv[1], {'small': small, 'large': large}, shim=False)\n"
         "other, session, feed = bench.session('small'), bench.session('large'), bench.models['large'][1]\n"
@@ -83,8 +85,8 @@ def test_memory_is_given_back_with_the_last_session() -> None:
 
 
 def test_absurd_sizes_end_with_an_error_or_an_empty_answer(tmp_path: Path) -> None:
-    """Each as it says, in a process with little memory, and reckoned without undefined behaviour."""
-    # For the least instruction set alone: the others differ in the kernels, not in the sizes, and take long to build.
+    """Each result is as declared, in a process with little memory, and without undefined behaviour."""
+    # Only for the lowest instruction set: the others differ in the kernels, not in the sizes, and take long to build.
     flags = "-O1 -g -fsanitize=undefined -fno-sanitize-recover=all -DHWY_COMPILE_ONLY_STATIC"
     made = ["-S", str(SOURCES), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={flags}"]
     cmake = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
@@ -104,7 +106,7 @@ def test_absurd_sizes_end_with_an_error_or_an_empty_answer(tmp_path: Path) -> No
 
 
 def test_keys_beyond_two_to_the_24_are_found_exactly() -> None:
-    """Floats tell neighbouring numbers apart no more."""
+    """Floats cannot distinguish neighbouring integers from there on."""
     patches, third = 2**24 + 5, 12345
     qkv = np.zeros((1, patches, 3), np.float32)
     qkv[..., 0] = 1
@@ -114,8 +116,8 @@ def test_keys_beyond_two_to_the_24_are_found_exactly() -> None:
         "num_heads": 1,
         "num_prefix": 0,
         "tile": 2**31 - 1,
-        "probe": 2**31 - 1,
-        "cell": 0,
+        "query_pool": 2**31 - 1,
+        "key_pool": 0,
         "keys": 3,
         "scale": 0.2,
         "value_power": 0.0,

@@ -1,5 +1,6 @@
-"""The kernels from a program in C: the library that was built, and the kernels built apart, with sanitizers of
-addresses, undefined behaviour and threads, AMX emulated, and for AArch64.
+"""Tests of the kernels from a C program: the built library, and separate builds.
+
+The builds use address, undefined-behaviour and thread sanitizers, emulated AMX, and AArch64.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def compiled(compiler: str, *options: str | Path) -> None:
 
 
 def built(folder: Path, prefix: str, options: list[str], *linked: str) -> Path:
-    """replay.c with the library's sources but for ONNX Runtime's adapter, by a compiler of that prefix."""
+    """Build replay.c with the library's sources except ONNX Runtime's adapter, with a compiler of that prefix."""
     compiled(f"{prefix}gcc", *STRICT, *options, "-c", HERE / "replay.c", "-o", folder / "replay.o")
     for path in SOURCES.glob("*.cc"):
         if path.name not in ("onnxruntime.cc", "openvino.cc"):
@@ -57,9 +58,9 @@ def built(folder: Path, prefix: str, options: list[str], *linked: str) -> Path:
 
 
 def sanitised(once: Once, sanitizers: str) -> str:
-    """The program under sanitizers, made once for all tests."""
-    # Highway's own assertions are in, which call its library. Checks of addresses as calls, and -Og: that compiles in a
-    # fifth of the time.
+    """The program with sanitizers, built once for all tests."""
+    # Highway's own assertions are enabled, which call its library. Address checks as calls and -Og compile in a fifth
+    # of the time.
     options = ["-Og", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-DSPARSIFINER_EMULATE_AMX=1"]
     options += ["--param", "asan-instrumentation-with-call-threshold=0"]
     name = f"replay-{sanitizers.partition(',')[0]}"
@@ -67,7 +68,7 @@ def sanitised(once: Once, sanitizers: str) -> str:
 
 
 def record(case: Case, inputs: list[np.ndarray]) -> bytes:
-    """A call as replay.c reads it: the structures of the C interface are those of its bindings."""
+    """Return a call as replay.c reads it: the C structures are those of the bindings."""
     shapes = [x.shape for x in inputs]
     result = interface._Tensor(None, math.prod(case.op.output_shape(case.attributes, shapes)))
     inputs = [np.ascontiguousarray(x) for x in inputs]
@@ -95,7 +96,7 @@ def replay(command: list[str], made: list[tuple[Case, list[np.ndarray]]]) -> lis
 
 
 def matrix_cases(bf16: bool) -> list[tuple[Case, list[np.ndarray]]]:
-    """Of all operators, or of attention, held to what bfloat16 allows."""
+    """Return cases of all operators, or of attention with the tolerance of bfloat16."""
     names = [name for name in OPS if name.endswith("Attention") or not bf16]
     chosen = [case for name in names for case in cases(name) + PAPER * (name == "SparseAttention")]
     made = (dataclasses.replace(case, width=width) for width in (8, 64, 20) for case in chosen)
@@ -137,12 +138,12 @@ def test_fuzzed_shapes_and_indices_under_sanitizers(once: Once, target: str) -> 
     for _ in range(150):
         width, channels = int(rng.choice([1, 3, 8, 16, 17, 33, 64, 80])), int(rng.integers(1, 40))
         patches, prefix, heads = int(rng.integers(1, 90)), int(rng.integers(0, 4)), int(rng.integers(1, 4))
-        probe = int(rng.choice([1, 2, 3, 8]))
-        tile = probe * int(rng.integers(1, 25))
+        query_pool = int(rng.choice([1, 2, 3, 8]))
+        tile = query_pool * int(rng.integers(1, 25))
         shared = {"num_heads": heads, "num_prefix": prefix, "scale": float(rng.choice([0.0, 0.2, 1e3]))}
-        shared |= {"tile": tile, "cell": int(rng.integers(0, 60))}
+        shared |= {"tile": tile, "key_pool": int(rng.integers(0, 60))}
         keys = int(rng.integers(1, patches + 1))
-        settings = {**shared, "probe": probe, "keys": keys, "value_power": 2.0}
+        settings = {**shared, "query_pool": query_pool, "keys": keys, "value_power": 2.0}
         select = Case(OPERATORS["KeySelect"], settings, patches, width=width, channels=channels)
         spoiled = select.inputs(1)
         for x in spoiled:  # not even numbers

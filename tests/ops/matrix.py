@@ -1,4 +1,4 @@
-"""The test matrix of the operators, derived from their schemas, and runners of each implementation."""
+"""Test matrix of the operators, derived from their schemas, and runners for each implementation."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ LANDMARKS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the matrix; width: channels of a head, channels: of the predictor, stored: the element type of what
-    is stored, where it is another.
+    """One point of the matrix.
+
+    Attributes:
+        width: Channels of a head.
+        channels: Channels of the predictor.
+        stored: Element type of stored tensors, if it differs.
     """
 
     op: Operator
@@ -49,7 +53,7 @@ class Case:
         return f"{self.op.name}{'' if self.merged else '-single'}-P{self.patches}-B{self.batch}-{kinds}-{values}"
 
     def inputs(self, seed: int = 0) -> list[np.ndarray]:
-        """Random inputs: keys and values with a common offset and a few outliers, as in real models."""
+        """Return random inputs: keys and values with a common offset and a few outliers, as in real models."""
         rng = np.random.default_rng(seed)
         if self.op.name == "MergeTokens":
             return self._merge_inputs(rng)
@@ -66,26 +70,26 @@ class Case:
             return [*first, self._lists(rng, heads, tokens)]
         if self.landmarks:
             shapes = [(self.channels, width), (self.channels,)] * 2 + [(tokens, LANDMARKS)] * 2
-            # The published basis is drawn with deviation .02, so that its threshold of .02 drops two thirds.
+            # Use a deviation of .02 as published, so that the basis's threshold of .02 drops two thirds.
             scales = [1, 1, 1, 1, 0.3, 0.02]
             weights = [s * rng.normal(size=shape) for s, shape in zip(scales, shapes, strict=True)]
             return [packed, *(w.astype(self.dtype) for w in weights)]
         return first
 
     def _sizes(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
-        """Of merged tokens, or ones where nothing was merged."""
+        """Return sizes of merged tokens, or ones if nothing was merged."""
         sizes = rng.choice([1, 1, 1, 2, 3, 7, 40] if self.merged else [1], (self.batch, tokens)).astype(np.float32)
         sizes[:, : self.prefix] = 1
         return sizes
 
     def _kept(self, rng: np.random.Generator, channels: int) -> list[np.ndarray]:
-        """Of which a part is not read; of one patch, none is."""
+        """Return weights of the cache in which a part is not read; a single patch is always read."""
         count = 1 if self.patches == 37 else 90
         counts = rng.choice([0, 1], (self.batch, count)).astype(np.float32) * (self.patches > 1)
         return [rng.normal(size=(self.batch, count, 2 * channels)).astype(self.stored or self.dtype), counts]
 
     def _merge_inputs(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """Tokens, sizes, and pairs of which a third are single."""
+        """Return tokens, sizes, and pairs; every third pair is a single token."""
         tokens = self.patches + 1
         x = rng.normal(size=(self.batch, tokens, 3 * self.width)).astype(self.dtype)
         pairs = np.sort(rng.integers(0, tokens, (self.batch, max(tokens * 2 // 3, 1), 2)), 1).astype(np.int32)
@@ -94,12 +98,12 @@ class Case:
 
     @property
     def prefix(self) -> int:
-        """Leading tokens that are no patches; the published predictor has one."""
+        """Number of leading tokens that are not patches; the published predictor has one."""
         return 1 if self.landmarks else int(self.attributes.get("num_prefix", 0))
 
     @property
     def landmarks(self) -> bool:
-        """Whether this is the published predictor."""
+        """True for the published predictor."""
         return self.op.name == "LandmarkKeySelect"
 
     def _lists(self, rng: np.random.Generator, heads: int, tokens: int) -> np.ndarray:
@@ -113,14 +117,19 @@ class Case:
 PAPER = [
     Case(OPERATORS["SparseAttention"], a, patches, batch, merged=merged)
     for patches, batch, merged in ((37, 1, False), (64, 2, False), (64, 2, True))
-    for a in [{"num_heads": 3, "num_prefix": 1, "tile": 1, "cell": 0, "scale": 0.125, "prefix_keys": 0}]
+    for a in [{"num_heads": 3, "num_prefix": 1, "tile": 1, "key_pool": 0, "scale": 0.125, "prefix_keys": 0}]
 ]
-"""A prefix that is only attended to where it is listed needs tile 1 and cell 0: no single departure."""
+"""Without prefix_keys, tile must be 1 and key_pool 0, so this point is not a single departure."""
 
 
 def cases(op_name: str, full: bool = False, merged: bool | None = None, **more: Any) -> list[Case]:
-    """Allowed points: the schema's tested values all combined, or (default) one departure at a time from the first;
-    over merged tokens and single ones (None: both, where the operator's way depends on it). more: fields of `Case`.
+    """Return the allowed points: all combinations of tested values, or (default) one departure at a time.
+
+    Args:
+        op_name: Operator.
+        full: Combine all values.
+        merged: Use merged or single tokens; None: both, if the operator distinguishes them.
+        more: Fields of `Case`.
     """
     if merged is None and op_name in ("KeySelect", "SparseAttention", "DenseAttention"):
         return [case for each in (False, True) for case in cases(op_name, full, each, **more)]
@@ -140,10 +149,10 @@ def cases(op_name: str, full: bool = False, merged: bool | None = None, **more: 
 
 
 def allowed(case: Case) -> bool:
-    """Whether the schema accepts the case."""
+    """Return True if the schema accepts the case."""
     if "keys" in case.attributes and case.attributes["keys"] > case.patches:
         return False
-    if case.attributes.get("prefix_keys", 1) == 0 and (case.attributes["tile"] != 1 or case.attributes["cell"]):
+    if case.attributes.get("prefix_keys", 1) == 0 and (case.attributes["tile"] != 1 or case.attributes["key_pool"]):
         return False
     if case.attributes.get("merged", 0) > case.patches // 2:
         return False
@@ -151,12 +160,12 @@ def allowed(case: Case) -> bool:
 
 
 def run_reference(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
-    """The NumPy reference."""
+    """Run the NumPy reference."""
     return _apply([reference], case.op.name, inputs, case.attributes)
 
 
 def run_torch(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
-    """The PyTorch implementation; where no token is merged, it is told no sizes."""
+    """Run the PyTorch implementation; without merged tokens, it gets no sizes."""
     tensors, settings = [torch.from_numpy(x) for x in inputs], case.attributes
     if case.op.name in ("KeySelect", "SparseAttention", "DenseAttention"):
         sizes = tensors.pop(1)
@@ -165,13 +174,13 @@ def run_torch(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
 
 
 def _apply(modules: list[Any], operator: str, inputs: list[Any], settings: dict[str, Any]) -> Any:
-    """An operator in the module that has it."""
+    """Run an operator from the module that implements it."""
     name = "".join(f"_{c.lower()}" if c.isupper() else c for c in operator).lstrip("_")
     return next(getattr(module, name) for module in modules if hasattr(module, name))(*inputs, **settings)
 
 
 def run_native(case: Case, inputs: list[np.ndarray], operators: Operators | None = None) -> np.ndarray:
-    """The native kernels, through the library's C interface; None: on two threads, in float32."""
+    """Run the native kernels through the C interface; None: on two threads, in float32."""
     output = np.full(case.op.output_shape(case.attributes, [x.shape for x in inputs]), -1, output_type(case))
     with contextlib.closing(Operators(2)) if operators is None else contextlib.nullcontext(operators) as ours:
         ours.run(case.op.name, case.attributes, inputs, output)
@@ -179,26 +188,26 @@ def run_native(case: Case, inputs: list[np.ndarray], operators: Operators | None
 
 
 def output_type(case: Case) -> type[np.generic]:
-    """Of what the native kernels give."""
+    """Return the output type of the native kernels."""
     return np.int32 if case.op.output.dtypes == ("int32",) else np.float32
 
 
 def run_body(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
-    """The function body, in ONNX Runtime, from a file with dynamic batch."""
+    """Run the function body in ONNX Runtime, from a file with dynamic batch."""
     session = onnxruntime.InferenceSession(body_model(case, inputs), providers=["CPUExecutionProvider"])
     return session.run(None, feed(case.op.name, inputs))[0]
 
 
 def feed(op: str, inputs: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Inputs by name, as a session takes them."""
+    """Return inputs by name, as for a session."""
     return dict(zip([tensor.name for tensor in OPERATORS[op].inputs], inputs, strict=True))
 
 
 def body_model(case: Case, inputs: list[np.ndarray]) -> bytes:
-    """A model of one node and its body."""
+    """Return a model of one node and its function body."""
     structure = Structure(
         prefix=case.attributes.get("num_prefix", 0) > 0,
-        cells=case.attributes.get("cell", 0) > 0,
+        background_tokens=case.attributes.get("key_pool", 0) > 0,
         prefix_keys=bool(case.attributes.get("prefix_keys", 1)),
         merged=case.merged,
     )
@@ -216,7 +225,7 @@ def one_node(
     shapes: list[Any] | None = None,
     functions: list[onnx.FunctionProto] | None = None,
 ) -> bytes:
-    """A model of one node, which without a body the library alone can run; shapes: what the file says of the inputs."""
+    """Return a model of one node without function body, for the library alone; shapes: declared input shapes."""
     op = OPERATORS[name]
     kinds = [helper.np_dtype_to_tensor_dtype(x.dtype) for x in inputs]
     values = [
@@ -235,7 +244,7 @@ def one_node(
 
 
 def check(case: Case, inputs: list[np.ndarray], got: np.ndarray) -> None:
-    """Hold `got` against the reference by the schema's rule; failures name the worst element."""
+    """Compare `got` with the reference by the schema's rule; failures name the worst element."""
     tolerance = case.op.tolerances[case.dtype]
     if case.op.name == "MatchTokens":
         np.testing.assert_array_equal(got, run_reference(case, inputs), err_msg=str(case))
@@ -252,7 +261,7 @@ def check(case: Case, inputs: list[np.ndarray], got: np.ndarray) -> None:
 
 
 def check_selection(case: Case, inputs: list[np.ndarray], got: np.ndarray, tolerance: float) -> None:
-    """Ascending, within range, and every selected score at least the K-th of the reference, less the tolerance."""
+    """Check a selection: ascending, in range, and every selected score at least the K-th best, less the tolerance."""
     settings = {k: v for k, v in case.attributes.items() if k != "keys"}
     scores = reference.SCORES[case.op.name](*inputs, **settings)
     keys = case.attributes["keys"]

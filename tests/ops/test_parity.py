@@ -1,4 +1,7 @@
-"""Every implementation of every operator against the NumPy reference, over the schema's matrix; and what bodies are."""
+"""Tests of all implementations of every operator against the NumPy reference over the schema's matrix.
+
+The structure of function bodies is tested as well.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def test_lists_too_large_for_a_mask_are_gathered(case: Case, monkeypatch: pytest
     for limit, unused in ((torch_ops.LARGEST_MASK, "_tile_attention"), (0, "_masked_attention")):
         with monkeypatch.context() as patch:
             patch.setattr(torch_ops, "LARGEST_MASK", limit)
-            patch.delattr(torch_ops, unused)  # the other way is the one that is taken
+            patch.delattr(torch_ops, unused)  # the other path is taken
             qkv = torch.from_numpy(inputs[0]).requires_grad_()
             out = torch_ops.sparse_attention(qkv, torch.from_numpy(inputs[2]), **case.attributes)
             check(case, inputs, out.detach().numpy())
@@ -75,7 +78,7 @@ def test_ties_go_to_the_lower_index_and_nan_loses(run: Any) -> None:
     inputs = poisoned.inputs()
     qkv, prefix = inputs[0], poisoned.prefix
     width = qkv.shape[-1] // 3
-    # A NaN value spoils the score of its own key alone, and of its cell's mates through their mean: never selected.
+    # A NaN value affects only its own key's score and, through the mean, the keys pooled with it: never selected.
     qkv[:, prefix + 100, 2 * width :] = np.nan
     got = run(poisoned, inputs)
     np.testing.assert_array_equal(got, run_reference(poisoned, inputs))
@@ -83,7 +86,7 @@ def test_ties_go_to_the_lower_index_and_nan_loses(run: Any) -> None:
 
 
 def test_everything_selected_is_dense_attention() -> None:
-    case = next(c for c in cases("SparseAttention") if c.attributes["cell"])
+    case = next(c for c in cases("SparseAttention") if c.attributes["key_pool"])
     qkv, sizes, lists = case.inputs()
     everything = np.broadcast_to(np.arange(case.patches, dtype=np.int32), (*lists.shape[:3], case.patches))
     heads, scale = case.attributes["num_heads"], case.attributes["scale"]
@@ -129,7 +132,7 @@ def test_pairs_are_the_references_at_the_sizes_of_images(tokens: int, merged: in
     case = Case(OPERATORS["MatchTokens"], attributes, tokens - 1, 2)
     rng = np.random.default_rng(0)
     qkv = rng.standard_normal((2, tokens, 3 * 2 * case.width), np.float32)
-    # Half of an image is alike, in any arithmetic: ties, and patches that nobody seeks.
+    # Half of an image is uniform: ties in any arithmetic, and patches that no query selects.
     qkv[1, : tokens // 2] = np.tile(np.eye(case.width, dtype=np.float32)[0], 3 * 2)
     sizes = rng.integers(1, 5, (2, tokens)).astype(np.float32)
     np.testing.assert_array_equal(run_body(case, [qkv, sizes]), run_reference(case, [qkv, sizes]))

@@ -1,7 +1,7 @@
-"""Every operator in every body is one that TensorRT's parser takes, of types that it documents for it.
+"""Tests that function bodies use only operators and types documented for TensorRT's parser.
 
 Source: "Supported ONNX Operators" of onnx/onnx-tensorrt, docs/operators.md at 10.1-GA, the newest public version up to
-JetPack 6's 10.3: types, and what must be constant.
+JetPack 6's 10.3: types, and which inputs must be constant.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ CONSTANT = {
     "Squeeze": 1,
     "Unsqueeze": 1,
 }
-"""Which input, the axes, must be constant."""
+"""Index of the axes input, which must be constant."""
 
 
 def inlined(case: Case) -> onnx.ModelProto:
-    """A body in the place of its node, with a type of every tensor."""
+    """Return a model with the function body inlined and a type for every tensor."""
     model = onnx.load_from_string(body_model(case, case.inputs()))
     return onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model), data_prop=True)
 

@@ -1,4 +1,4 @@
-"""A whole search on a small model: what is written, what a stopped one gives, what is refused."""
+"""Tests of complete searches on a small model: output, interruption and rejected input."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.config import keep_text, merge_text, parse_merge
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.front import Candidate, SearchResult
 from sparsifiner_edge.optimizer import whole
 from sparsifiner_edge.optimizer.clock import Clock, TimeIsUpError
 from sparsifiner_edge.optimizer.explore import Search, first_plan
 from sparsifiner_edge.optimizer.request import OptimizeOptions, read_request
 from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.optimizer.whole import Attempt
+from sparsifiner_edge.pareto import Candidate, SearchResult
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.records import Unavailable
@@ -43,15 +43,15 @@ from tests.hosts.factories import Depth
 from tests.models import TINY
 from tests.once import Once
 
-ENGINE: dict[str, Any] = {"backends": ["onnxruntime"], "computes": ["auto"], "precisions": ["fp32"]}
+ENGINE: dict[str, Any] = {"backends": ["onnxruntime"], "compute_precisions": ["auto"], "precisions": ["fp32"]}
 BACKENDS = ["onnxruntime", "openvino"]
-PLAIN = ("--backend", "onnxruntime", "--computes", "auto", "--precision", "fp32")
+PLAIN = ("--backend", "onnxruntime", "--compute-precision", "auto", "--precision", "fp32")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about its own calls
 
 
 @pytest.fixture(scope="module")
 def found(once: Once, tiny_weights: Path, folder: Path) -> Path:
-    """The folder of a search by fidelity, which the command made; what it said lies beside it."""
+    """Folder of a search by fidelity with the command's output in it."""
     asked = ("optimize", TINY, "--weights", tiny_weights, "--data", folder, *PLAIN, "--at-least", "0.97")
 
     def run(place: Path) -> None:
@@ -67,7 +67,7 @@ def found(once: Once, tiny_weights: Path, folder: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def shortly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole models are timed for a moment."""
+    """Shorten the timing of complete models."""
     monkeypatch.setattr(whole, "THOROUGH", whole.QUICK)
 
 
@@ -81,21 +81,21 @@ def test_the_answer_is_what_was_asked_for(found: Path, folder: Path, tiny_weight
     assert (kind_of(found / "bundle"), kind_of(found / "student")) == ("bundle", "student")
     assert not set(images["searched"]) & set(images["checked"])
     assert (len(images["searched"]), len(result.samples["check"])) == (10, 2)
-    # What `evaluate` says of it, on the images that it was judged by.
+    # `evaluate` gives the same on the images that the search used.
     judged = [path for path in sorted(folder.rglob("*.png")) if path.name in images["tried"]]
     again = flat.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
     assert again.statistics["patches_cosine"].mean.value == pytest.approx(front.answer.fidelity, abs=1e-4)
-    # One that merges nowhere says so by no rates; on a busy machine such a plan may be the fastest of so small a model.
+    # A plan without merging has no rates; on a busy machine it may be the fastest of so small a model.
     rates = parse_merge(front.answer.merge)
     assert load_student(found / "student").sparsity.merge == (rates if any(rates) else ())
-    assert any(point.on_front for point in front.points)
+    assert any(point.pareto_optimal for point in front.points)
     assert all(0 < point.fidelity <= 1 for point in front.points)
     assert open_bundle(found / "bundle").manifest.intended == Intended("onnxruntime")
     assert {"front.png", "report.html", "start"} <= {path.name for path in found.iterdir()}
     assert result.method.seconds < 60 * result.method.minutes
     said = (found.parent / "said").read_text()
-    assert "Whole models, measured in turn" in said
-    assert "fidelity on 2 kept back" in said
+    assert "Full models, measured in turn" in said
+    assert "fidelity on 2 held out" in said
     line = next(line for line in said.splitlines() if line.startswith("Next: "))
     program, *following = line.removeprefix("Next: ").partition("  ")[0].split()
     assert (program, following.pop()) == ("sparsifiner-edge", "IMAGES/")
@@ -124,18 +124,20 @@ def test_a_board_is_estimated_and_its_page_says_so(folder: Path, tiny_weights: P
     board, out = {"board": "jetson-orin-nano-8gb", "precisions": ["fp16"]}, tmp_path / "board"
     within = flat.optimize(TINY, folder, out, at_least=0.9, weights=tiny_weights, **board)
     answer = within.statistics.answer
-    assert (answer.backend, answer.stored, answer.computes) == ("jetson-orin-nano-8gb", "fp16", "auto")
+    assert (answer.backend, answer.precision, answer.compute_precision) == ("jetson-orin-nano-8gb", "fp16", "auto")
     assert "not measured" in answer.ms.interval
-    # What `estimate` says of the bundle, which counts every layer by itself.
-    estimate = estimate_bundle(out / "bundle", board["board"], precision="fp16")
+    # `estimate` gives the same for the bundle, for which it counts every layer separately.
+    estimate = estimate_bundle(out / "bundle", board["board"], compute_precision="fp16")
     said = estimate.statistics.latency_ms
     compiled = importlib.util.find_spec("triton") is not None
     assert (estimate.method.kernels == "native") == compiled, "it carries kernels for the board"
-    bodies = [remark for remark in within.statistics.remarks if "estimated as function bodies" in remark]
+    bodies = [remark for remark in within.statistics.remarks if "estimated as ONNX function bodies" in remark]
     assert len(bodies) == (not compiled)
     old = {**board, "board": "jetson-agx-xavier", "precisions": ["fp16"]}
     without = flat.optimize(TINY, folder, tmp_path / "old", at_least=0.9, weights=tiny_weights, minutes=1, **old)
-    assert any("estimated as function bodies, which are slow: TensorRT 8.5" in x for x in without.statistics.remarks)
+    assert any(
+        "estimated as ONNX function bodies, which are slow: TensorRT 8.5" in x for x in without.statistics.remarks
+    )
     assert answer.ms.value == pytest.approx(said.value)
     assert answer.predicted_ms == pytest.approx(answer.ms.value, rel=0.1)
     assert any("Dense is faster here" in remark for remark in within.statistics.remarks)
@@ -150,17 +152,17 @@ def test_a_board_is_estimated_and_its_page_says_so(folder: Path, tiny_weights: P
 def test_what_was_found_by_then_is_there(
     folder: Path, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_by: str
 ) -> None:
-    """Whatever hangs, and even where code of others takes the alarm for an error of its own."""
-    distances, begun = Trial.distances, time.monotonic()
+    """The best result so far is kept if a step hangs, even if foreign code catches the alarm as an error of its own."""
+    errors, begun = Trial.errors, time.monotonic()
 
     def interrupted(self: Trial, plan: LayerPlan, most: int | None = None) -> list[float]:
-        if most is not None:  # A layer alone: a first bundle is there.
+        if most is not None:  # One layer only: a first bundle exists.
             if ended_by == "Ctrl-C":
                 os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1000)
-        return distances(self, plan, most)
+        return errors(self, plan, most)
 
-    monkeypatch.setattr(Trial, "distances", interrupted)
+    monkeypatch.setattr(Trial, "errors", interrupted)
     minutes = 1.0 if ended_by == "the cap" else 8.0
     options = {"at_least": 0.97, "minutes": minutes, "weights": tiny_weights, **ENGINE}
     found = flat.optimize(TINY, folder, tmp_path / "found", **options)
@@ -181,7 +183,7 @@ def test_a_module_in_memory_becomes_a_bundle_and_stays_as_it_is(folder: Path, tm
     assert isinstance(found.subjects[0].path, Unavailable)
     assert not {"student", "start"} & {path.name for path in (tmp_path / "found").iterdir()}
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert "6 images say roughly" in " ".join(found.statistics.remarks)
+    assert "6 images give only a rough estimate" in " ".join(found.statistics.remarks)
     with flat.open_session(tmp_path / "found" / "bundle") as session:
         assert session.description.backend == "onnxruntime"
 
@@ -221,10 +223,10 @@ def test_time_that_is_over_in_an_objects_end_waits_for_it() -> None:
 def test_a_student_is_trained_for_the_points_of_a_front(
     found: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # On a busy machine the front of so small a model may have a point alone, or one alone that is near its answer.
+    # On a busy machine the Pareto front of so small a model may have one point, or one close to its answer.
     front = json.loads((found / "front.json").read_text())
     for point in front["statistics"]["points"][-3:]:
-        point |= {"on_front": True, "fidelity": front["statistics"]["finalists"][0]["fidelity"]}
+        point |= {"pareto_optimal": True, "fidelity": front["statistics"]["finalists"][0]["fidelity"]}
     (tmp_path / "front.json").write_text(json.dumps(front))
     settings = ["distil.steps=2", "batch=2", "images.held_out=2", "check_every=2", "losses.logits=0"]
     plain = ["distill", found / "start", "--data", folder, *(w for each in settings for w in ("--set", each))]
@@ -245,17 +247,17 @@ def test_what_is_refused(tmp_path: Path, folder: Path, tiny_weights: Path, pictu
     given: dict[str, Any] = {"weights": tiny_weights, **ENGINE}
     out = tmp_path / "out"
     for words, options in (
-        ("two bounds", {"at_least": 0.9, "at_most_ms": 3.0}),
+        ("Two bounds", {"at_least": 0.9, "at_most_ms": 3.0}),
         ("minutes is", {"minutes": 0.0}),
         ("between 0 and 1", {"at_least": 98.0}),
         ("more than 0 ms", {"at_most_ms": 0.0}),
-        ("is for a student", {"at_least": 0.9, "teacher": TINY}),
+        ("requires a sparse model", {"at_least": 0.9, "teacher": TINY}),
         ("more than 0", {"at_most_ms": float("nan")}),
         ("metric is", {"at_least": 0.9, "metric": "top1"}),
         ("precision is", {"at_least": 0.9, "precisions": ["fp16"]}),
-        ("no backend", {"at_least": 0.9, "board": "t4"}),
-        ("no board", {"at_least": 0.9, "board": "orin", "backends": [], "computes": []}),
-        ("onnxruntime computes in no fp16", {"at_least": 0.9, "computes": ["fp16"]}),
+        ("cannot be combined with a backend", {"at_least": 0.9, "board": "t4"}),
+        ("no board", {"at_least": 0.9, "board": "orin", "backends": [], "compute_precisions": []}),
+        ("onnxruntime does not support the compute precision fp16", {"at_least": 0.9, "compute_precisions": ["fp16"]}),
         ("does not run on the processor", {"at_least": 0.9, "backends": ["tensorrt-rtx"]}),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -277,7 +279,7 @@ def test_what_is_refused(tmp_path: Path, folder: Path, tiny_weights: Path, pictu
 def test_an_engine_that_refuses_the_model_is_left_out_and_said(
     tmp_path: Path, tiny_student: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As OpenVINO does on processors that have fp16, where operators of ours are in the way."""
+    """OpenVINO rejects our operators like this on processors that have fp16."""
     opened, refusing = whole.session_on, ["openvino"]
 
     def refused(found: Bundle, execution: Execution) -> Session:
@@ -288,7 +290,7 @@ def test_an_engine_that_refuses_the_model_is_left_out_and_said(
     monkeypatch.setattr(whole, "session_on", refused)
     student, kept = load_student(tiny_student), list[Attempt]()
     dense, clock = dense_twin(student), Clock(600)
-    options = OptimizeOptions(at_least=0.9, backends=BACKENDS, computes=["auto"], precisions=["fp32"])
+    options = OptimizeOptions(at_least=0.9, backends=BACKENDS, compute_precisions=["auto"], precisions=["fp32"])
     request = read_request(options, folder)
     trial = Trial(student, dense.model, [*request.images, *request.reserved], "patches")
     with whole.WholeModels(tmp_path, student, dense, request.images, None, clock) as models:

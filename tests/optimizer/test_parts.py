@@ -1,4 +1,4 @@
-"""What plans lose, as it is measured, the parts that latencies are summed from, and the dynamic program on both."""
+"""Tests of the optimizer's parts: measured errors, the parts that latencies are summed from, the dynamic program."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsifiner_edge.optimizer.fidelity_model import FidelityModel
 from sparsifiner_edge.optimizer.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.optimizer.pieces import attention_piece, linear_pieces
 from sparsifiner_edge.optimizer.solve import Solver, possible_counts
-from sparsifiner_edge.optimizer.trial import Trial, evenly_lost
+from sparsifiner_edge.optimizer.trial import Trial, evenly_by_error
 from sparsifiner_edge.plan import PATCHES_PER_MERGE, LayerPlan, plan_of
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, sparsify
@@ -35,7 +35,7 @@ FACTORIES = "tests.hosts.factories"
 
 
 def merging(trial: Trial, rate: int) -> LayerPlan:
-    """Of one rate in every layer."""
+    """Return the plan with one merging rate in every layer."""
     return plan_of(SparsityConfig(keep=1, merge=(rate,)), len(trial.selects), trial.patches)
 
 
@@ -44,28 +44,30 @@ def student(tiny_student: Path) -> Student:
     return load_student(tiny_student)
 
 
-def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictures: Path, tiny_student: Path) -> None:
+def test_a_plan_is_evaluated_as_the_student_with_its_budget(
+    student: Student, pictures: Path, tiny_student: Path
+) -> None:
     paths = list_images(pictures)
     trial = Trial(student, dense_twin(student).model, paths, "patches")
     plan = LayerPlan((20, 0, 10, 0, 0, 0), (0.2, 1.0, 0.5, 1.0, 1.0, 1.0))
-    found = trial.distances(plan)
-    assert trial.distances(LayerPlan.dense(6)) == [0.0] * 3
+    found = trial.errors(plan)
+    assert trial.errors(LayerPlan.dense(6)) == [0.0] * 3
     again = load_student(tiny_student, merge=plan.merge, keep=plan.short_keep)
     teacher = dense_twin(load_student(tiny_student)).model
-    for path, distance in zip(paths, found, strict=True):
+    for path, error in zip(paths, found, strict=True):
         pixels = normalise(torch.from_numpy(load_image(path, 160))[None], again.normalisation)
         with torch.no_grad():
             got, wanted = again.backbone.tokens(pixels), backbone_of(teacher).tokens(pixels)
         cosine = torch.cosine_similarity(got[:, 1:], wanted[:, 1:], dim=-1).mean()
-        assert distance == pytest.approx(1 - float(cosine), abs=1e-5)
-    assert trial.distances(plan) == found, "a plan in between changes nothing"
+        assert error == pytest.approx(1 - float(cosine), abs=1e-5)
+    assert trial.errors(plan) == found, "a plan in between changes nothing"
     trial.arrange([2, 0, 1])
-    assert (trial.paths, trial.distances(plan)) == ([paths[2], *paths[:2]], [found[2], *found[:2]])
+    assert (trial.paths, trial.errors(plan)) == ([paths[2], *paths[:2]], [found[2], *found[:2]])
 
 
 def test_images_are_taken_evenly_by_what_is_lost_on_them() -> None:
-    assert evenly_lost([0.5, 0.1, 0.9, 0.3, 0.7], 2) == [3, 4]
-    assert evenly_lost([0.2, 0.1], 2) == [1, 0]
+    assert evenly_by_error([0.5, 0.1, 0.9, 0.3, 0.7], 2) == [3, 4]
+    assert evenly_by_error([0.2, 0.1], 2) == [1, 0]
 
 
 def test_layers_before_the_first_change_need_no_second_run(
@@ -74,22 +76,22 @@ def test_layers_before_the_first_change_need_no_second_run(
     made = load_student(sparsify(f"{FACTORIES}:Depth", tmp_path / "student", keep=0.5), trust=[FACTORIES])
     trial, depth = Trial(made, dense_twin(made).model, list_images(pictures), "maps"), len(made.backbone.layers)
     plans = [LayerPlan(tuple(9 * (n == at) for n in range(depth)), (1.0,) * depth) for at in range(depth)]
-    found = [trial.distances(plan) for plan in plans]
+    found = [trial.errors(plan) for plan in plans]
     monkeypatch.setattr("sparsifiner_edge.optimizer.trial.MOST_REMEMBERED", 0)
-    assert [trial.distances(plan) for plan in plans] == found
+    assert [trial.errors(plan) for plan in plans] == found
 
 
-def test_a_decoders_map_is_judged_by_its_overlap(student: Student, tmp_path: Path, pictures: Path) -> None:
+def test_a_decoders_map_is_evaluated_by_its_overlap(student: Student, tmp_path: Path, pictures: Path) -> None:
     def trial(factory: str) -> Trial:
         made = load_student(sparsify(f"{FACTORIES}:{factory}", tmp_path / factory, keep=0.5), trust=[FACTORIES])
         return Trial(made, dense_twin(made).model, list_images(pictures), "maps")
 
     judged = trial("Depth")
     depth = len(judged.selects)
-    assert judged.distances(LayerPlan.dense(depth)) == [0.0] * 3
-    mild, harsh = (np.mean(judged.distances(merging(judged, rate))) for rate in (1, 8))
+    assert judged.errors(LayerPlan.dense(depth)) == [0.0] * 3
+    mild, harsh = (np.mean(judged.errors(merging(judged, rate))) for rate in (1, 8))
     assert 0 < mild < harsh <= 1
-    with pytest.raises(ConfigError, match="outputs are: mask, heat"):
+    with pytest.raises(ConfigError, match="model outputs: mask, heat"):
         trial("Masked")
     with pytest.raises(ConfigError, match="no decoder"):
         Trial(student, dense_twin(student).model, list_images(pictures), "maps")
@@ -104,16 +106,16 @@ def test_a_metric_of_the_users_own(
     made = load_student(start, trust=trust)
     teacher, paths = dense_twin(made).model, list_images(pictures)
     judged = Trial(made, teacher, paths, f"tests.hosts.metrics:{metric}")
-    assert judged.distances(LayerPlan.dense(len(judged.selects))) == [0.0] * len(paths)
+    assert judged.errors(LayerPlan.dense(len(judged.selects))) == [0.0] * len(paths)
     plan = merging(judged, 20)
-    lost = judged.distances(plan)
+    lost = judged.errors(plan)
     assert all(0 <= each <= 1 for each in lost)
     assert sum(lost) > 0
     bundle = flat.export_bundle(
         start, tmp_path / "bundle", merge=plan.merge, keep=plan.short_keep, tokens=factory is None, trust=trust
     )
     with flat.open_session(bundle) as session:
-        np.testing.assert_allclose(judged.distances_of(session.infer), lost, atol=0.02)
+        np.testing.assert_allclose(judged.errors_of(session.infer), lost, atol=0.02)
     for name, words in (
         ("Silent", "A search needs a score"),
         ("Broken", "Broken.update failed"),
@@ -141,7 +143,7 @@ def test_linear_parts_compute_what_the_layer_does(student: Student) -> None:
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_attention_parts_are_the_operators(student: Student, share: float, merged: bool) -> None:
-    config = SparsityConfig(keep=share, cells=4, channels=8, merge=(1,))
+    config = SparsityConfig(keep=share, background_tokens=4, channels=8, merge=(1,))
     geometry = student.backbone.geometry
     piece = attention_piece(geometry, 1, 40, config, merged)
     (got,) = file_session(piece.model).run(None, piece.feed)
@@ -178,7 +180,7 @@ def model(depth: int = 3, patches: int = PATCHES, seed: int = 0) -> FidelityMode
 
 
 def everything(depth: int) -> list[LayerPlan]:
-    """All plans there are."""
+    """Return all existing plans."""
     counts = possible_counts(PATCHES, TILE)
     found = []
     for path in itertools.product(counts, repeat=depth):
@@ -231,14 +233,14 @@ def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.floats(1e-4, 0.2))
-def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distance: float) -> None:
+def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, error: float) -> None:
     solver = Solver(latency(), model(3, seed=seed), [True, False, True], TILE)
-    plan = solver.at_distance(distance)
-    assert plan.is_dense or solver.model.of(plan) <= distance
+    plan = solver.at_error(error)
+    assert plan.is_dense or solver.model.of(plan) <= error
     assert plan.keep[1] == 1
     assert solver.latency.of(plan) <= solver.latency.of(LayerPlan.dense(3)) + 1e-9
     if not plan.is_dense:
-        config = plan.config(SparsityConfig(keep=0.25, cells=4))
+        config = plan.config(SparsityConfig(keep=0.25, background_tokens=4))
         assert plan_of(config, 3, PATCHES) == plan
     ms = solver.latency.of(plan)
     assert solver.latency.of(solver.at_latency(ms * 1.001)) <= ms * 1.001

@@ -16,13 +16,13 @@ from tests.seal import reseal
 
 @pytest.fixture(scope="session")
 def dynamic_bundle(once: Once, feature_weights: Path) -> Path:
-    """Features and tokens of dynamic batch; half the tokens are pruned."""
+    """Features and tokens with dynamic batch; half of the tokens are pruned."""
     from sparsifiner_edge.sparse.student import sparsify
     from tests.flat import export_bundle
     from tests.models import TINY
 
     def make(folder: Path) -> None:
-        student = sparsify(TINY, folder / "student", weights=feature_weights, cells=4)
+        student = sparsify(TINY, folder / "student", weights=feature_weights, background_tokens=4)
         export_bundle(student, folder / "bundle", batch="dynamic", token_keep=((2, 0.5),))
 
     return once("dynamic", make) / "bundle"
@@ -30,7 +30,7 @@ def dynamic_bundle(once: Once, feature_weights: Path) -> Path:
 
 @pytest.fixture
 def altered(tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a bundle, changed by one who knows its format: hashes match again."""
+    """Copy and change a bundle as someone who knows its format: hashes match again."""
 
     def alter(bundle: Path, model: Callable[[Any], None] | None = None, **changes: Any) -> Path:
         folder = tmp_path / "altered"

@@ -1,8 +1,8 @@
-"""Run by the system's Python: a pipeline whose `out` shows what an element attached, and whose `raw` is what it saw.
+"""Run a pipeline in the system's Python: `out` shows what an element attached, `raw` its input.
 
     python pipeline.py PIPELINE FOLDER
 
-Prints, as JSON, messages of elements, and of each frame its classes, and its tensors by id. FOLDER gets the pixels of
+Prints, as JSON, messages of elements, and for each frame its classes and its tensors by id. FOLDER gets the pixels of
 each frame, rows without padding.
 """
 

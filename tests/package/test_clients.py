@@ -1,4 +1,4 @@
-"""The programs of examples/ in C and C++, built and run, against what a session in Python gives."""
+"""Tests of the C and C++ programs in examples/: built, run, and compared with a Python session."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.flat import export_bundle
 from tests.repository import ROOT
 
 INCLUDE = [folder for folder in os.environ.get("TENSORRT_INCLUDE", "").split(os.pathsep) if folder]
-"""See tests/tensorrt/test_plugin_v3.py."""
+"""Folders of headers, as in tests/tensorrt/test_plugin_v3.py."""
 SAME = Execution(backend="onnxruntime", kernels="native", threads=2)
 pytestmark = [pytest.mark.everything, pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")]
 
@@ -88,7 +88,7 @@ def test_a_stream_follows_a_camera_in_c_plus_plus_as_in_python(
         for answer, frame in zip(answers(client, stream_bundle, frames, "--share", share), frames, strict=True):
             wanted = stream.infer({"image": frame[None]})["features"]
             assert stream.computed is not None
-            assert stream.computed.by == ("step" if answer["index"] else "whole")
+            assert stream.computed.by == ("incremental" if answer["index"] else "full")
             np.testing.assert_array_equal(np.float32(answer["features"]), wanted.ravel())
 
 
@@ -138,7 +138,7 @@ def test_the_c_interface_alone(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not INCLUDE, reason="TENSORRT_INCLUDE names no headers of TensorRT and CUDA")
 def test_the_client_of_engines_compiles(tmp_path: Path) -> None:
-    """No GPU is here to run it."""
+    """It is not run, since there is no GPU here."""
     line = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-c", ROOT / "examples/cpp-tensorrt/main.cc"]
     include = [word for folder in INCLUDE for word in ("-isystem", folder)]
     subprocess.run([*line, *include, "-o", tmp_path / "main.o"], check=True)

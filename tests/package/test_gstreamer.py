@@ -1,4 +1,4 @@
-"""GStreamer for real: our element in the system's Python, and the plain file in GStreamer's own `onnxinference`."""
+"""Tests with the real GStreamer: our element in the system's Python, and the plain file in `onnxinference`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ FITTING = (
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """As the README of a package says, but for the checkout in the place of an installed package."""
+    """Return the environment of a package's README, with the checkout instead of an installed package."""
     return os.environ | {
         "PATH": f"{PYTHON.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -61,7 +61,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, keys: Path) -> Path:
-    """Of a signed bundle, which stays signed."""
+    """Package of a signed bundle, which stays signed."""
     folder = tmp_path_factory.mktemp("gstreamer")
     sign_bundle(shutil.copytree(tiny_bundle, folder / "bundle"), keys / "key.pem")
     package_bundle(folder / "bundle", "gstreamer", folder / "out")
@@ -81,7 +81,7 @@ def launch(pipeline: str, environment: dict[str, str], plugins: Path, folder: Pa
 
 
 def pull(pipeline: str, environment: dict[str, str], plugins: Path, folder: Path) -> tuple[list[Any], list[Any]]:
-    """Messages and frames of tests/package/pipeline.py; pixels are left in `folder`."""
+    """Return messages and frames of tests/package/pipeline.py; pixels are left in `folder`."""
     script = Path(__file__).with_name("pipeline.py")
     done = subprocess.run(
         [PYTHON, script, pipeline, folder],
@@ -119,7 +119,7 @@ def test_the_readmes_commands(package: Path, environment: dict[str, str]) -> Non
 def test_metadata_and_messages_are_the_sessions(
     package: Path, environment: dict[str, str], tiny_bundle: Path, keys: Path, tmp_path: Path
 ) -> None:
-    """Rows of 333 pixels are padded in GStreamer; the answer is that of the frame's centre square."""
+    """GStreamer pads rows of 333 pixels; the answer is that of the frame's centre square."""
     pipeline = (
         "videotestsrc pattern=snow num-buffers=2 ! video/x-raw,width=333,height=250 ! videoconvert ! "
         f"sparsifiner bundle={package / 'bundle'} public-key={keys / 'key.pub'} ! appsink name=out sync=false"
@@ -162,7 +162,7 @@ def test_what_is_wrong_is_the_pipelines_error(
 def test_a_gstreamer_without_analytics_and_a_model_without_classes(
     package: Path, environment: dict[str, str], dynamic_bundle: Path, tmp_path: Path
 ) -> None:
-    """As before 1.24: the binding of GstAnalytics is not found."""
+    """As before 1.24: the GstAnalytics binding is missing."""
     (tmp_path / "sitecustomize.py").write_text(
         "import gi\nplain = gi.require_version\n"
         "def require(name, version):\n"

@@ -1,5 +1,7 @@
-"""`package`: written whole or not at all, nothing of others touched, and what Triton and DeepStream take in it; `bundle
-verify`: what passes, each check failing alone, and exit codes.
+"""Tests of `package` and `bundle verify`.
+
+A package is complete or absent, foreign files are untouched, and Triton and DeepStream accept it. Verification passes,
+fails each check alone, and returns exit codes.
 """
 
 from __future__ import annotations
@@ -45,14 +47,14 @@ def test_every_target(target: str, tmp_path: Path, tiny_bundle: Path, capsys: py
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     printed = json.loads(call(capsys, "package", tiny_bundle, "--for", target, "-o", tmp_path / "b", "--json").out)
     assert set(printed["files"]) == files
-    # What is there already stays.
+    # Existing files stay.
     before = snapshot(tmp_path)
     assert_refused(call(capsys, "package", tiny_bundle, "--for", target, "-o", out), "exists; it is left untouched")
     assert snapshot(tmp_path) == before
 
 
 def test_sizes_in_configurations(tmp_path: Path) -> None:
-    """And how frames are fitted there."""
+    """The fit of frames is there too."""
     bundle = make_bundle(tmp_path / "b", size=(4, 6), preprocessing={"size": (4, 6)})
     wide = make_bundle(tmp_path / "c", size=(4, 6), preprocessing={"size": (4, 6), "fit": "stretch"})
     for place, target, file, text in (
@@ -135,15 +137,15 @@ def test_what_computes_every_frame_from_nothing_takes_no_stream(
     if target == "gstreamer":
         assert "README.md" in package_bundle(stream_bundle, target, tmp_path / "out").files
         return
-    with pytest.raises(ConfigError, match=f"{target} computes every frame from nothing"):
+    with pytest.raises(ConfigError, match=f"{target} does not support streaming inference"):
         package_bundle(stream_bundle, target, tmp_path / "out")
 
 
-# ---- Triton
+# Triton
 
 
 def read_config(text: str) -> Any:
-    """The message as Triton's own definition reads it: an unknown key, or a value of another type, fails."""
+    """Parse the message by Triton's own definition: an unknown key or a value of another type fails."""
     if not REAL.exists():
         pytest.skip(f"{REAL} is made by `make test`")
     return text_format.Parse(text, runpy.run_path(str(REAL))["ModelConfig"]())
@@ -175,7 +177,7 @@ def test_what_triton_reads(name: str, tmp_path: Path, request: pytest.FixtureReq
         assert np.abs(found - golden["output.features"]).max() < 1e-3 * np.ptp(golden["output.features"])
 
 
-# ---- DeepStream
+# DeepStream
 
 KEYS = {
     "gpu-id",
@@ -202,7 +204,7 @@ KEYS = {
     "num-detected-classes",
     "segmentation-threshold",
 }
-"""Of Gst-nvinfer, as documented for DeepStream 6.4 to 9."""
+"""Keys of Gst-nvinfer, as documented for DeepStream 6.4 to 9."""
 
 
 def nvinfer(folder: Path) -> dict[str, str]:
@@ -237,7 +239,7 @@ def test_what_deepstream_gets(name: str, tmp_path: Path, request: pytest.Fixture
 
 
 def make_map_bundle(folder: Path, name: str, shape: str, pixels: str) -> Path:
-    """A bundle of 8 x 12 px whose one output is the brightness of 4 x 4 px each, from 0 to 1."""
+    """Write a bundle of 8 x 12 px whose only output is the brightness of 4 x 4 px squares, from 0 to 1."""
     folder.mkdir()
     inner = "small" if name == "map" else "map"
     model = onnx.parser.parse_model(f"""
@@ -272,7 +274,7 @@ def make_map_bundle(folder: Path, name: str, shape: str, pixels: str) -> Path:
 
 @pytest.mark.parametrize(("name", "shape"), [("mask", "1,2,3"), ("map", "1,1,2,3")])
 def test_a_map_is_a_segmentation(name: str, shape: str, tmp_path: Path) -> None:
-    """As large as the image, which Gst-nvinfer takes for granted; one that is no probability is raw."""
+    """The map is as large as the image, as Gst-nvinfer expects; one that is no probability is raw."""
     bundle = make_map_bundle(tmp_path / "bundle", name, shape, "255")
     package_bundle(bundle, "deepstream", tmp_path / "out")
     expected = {"network-type": "2", "output-blob-names": "map", "output-tensor-meta": "1", "network-mode": "0"}
@@ -287,14 +289,16 @@ def test_a_map_is_a_segmentation(name: str, shape: str, tmp_path: Path) -> None:
     assert answer.shape == (1, 1, 8, 12)
     assert answer[0, 0].reshape(2, 4, 3, 4).mean(axis=(1, 3)) == pytest.approx(wanted, abs=0.1)
     depth = make_map_bundle(tmp_path / "depth", name, shape, "2")
-    package_bundle(reseal(depth, intended={"backend": "tensorrt", "precision": "fp16"}), "deepstream", tmp_path / "raw")
+    package_bundle(
+        reseal(depth, intended={"backend": "tensorrt", "compute_precision": "fp16"}), "deepstream", tmp_path / "raw"
+    )
     expected = {"network-type": "100", "output-blob-names": name, "network-mode": "2"}
     expected |= {"model-engine-file": "model.onnx_b1_gpu0_fp16.engine"}
     assert expected.items() <= nvinfer(tmp_path / "raw").items()
 
 
 def test_the_probe_reads_what_pyds_gives(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names as the bindings of pyds have them; its lists end with StopIteration."""
+    """Names as in the pyds bindings; its lists end with StopIteration."""
     values, it = np.array([[[0.9, 0.1], [0.2, 0.8]]], np.float32), SimpleNamespace
 
     class Entry(SimpleNamespace):
@@ -330,7 +334,7 @@ def test_the_probe_reads_what_pyds_gives(tmp_path: Path, monkeypatch: Any, capsy
 
 
 def test_labels(tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path) -> None:
-    """One line of them; numbers where there are none."""
+    """One line of labels; numbers if there are none."""
     folder = altered(tiny_bundle)
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in ["a;b", "", "é", *"defghij"]))
     package_bundle(reseal(folder), "deepstream", tmp_path / "out")
@@ -343,7 +347,7 @@ def test_labels(tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path)
     assert (tmp_path / "none" / nvinfer(tmp_path / "none")["labelfile-path"]).read_text().startswith("class_0;class_1;")
 
 
-# ---- `bundle verify`
+# `bundle verify`
 
 CHECKS = ["files", "signature", "model", "inputs, outputs", "operators", "engines", "golden pair"]
 
@@ -353,7 +357,8 @@ def failed(folder: Path) -> dict[str, str]:
     found = {check.name: check.details for check in result.checks if not check.passed}
     assert result.passed is (not found)
     names = [check.name for check in result.checks]
-    assert names == (CHECKS[:3] if "model" in found else CHECKS)  # Nothing is asked of a file that is no valid ONNX.
+    # A file that is not valid ONNX is not examined further.
+    assert names == (CHECKS[:3] if "model" in found else CHECKS)
     return found
 
 
@@ -402,7 +407,7 @@ def test_other_weights_fail_golden(
     folder = altered(tiny_bundle, change)
     outcome = call(capsys, "bundle", "verify", folder)
     assert outcome.code == 1
-    assert "[0, " in outcome.out  # What is in brackets is no markup.
+    assert "[0, " in outcome.out  # Text in brackets is not markup.
     assert outcome.err.startswith("error: 1 of 7 checks failed.\n  Do not use")
     assert "differs from golden by" in " ".join(outcome.out.replace("│", "").split())
     outcome = call(capsys, "bundle", "verify", folder, "--json")

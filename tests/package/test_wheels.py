@@ -1,4 +1,4 @@
-"""Wheels as `make wheels` builds them, where there is no compiler: here, and on AArch64, emulated."""
+"""Tests of wheels from `make wheels` without a compiler: on this machine, and on emulated AArch64."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.repository import ROOT
 
 pytestmark = [pytest.mark.everything, pytest.mark.long]
 AARCH64 = Path(sys.prefix) / "aarch64"
-"""Where `make aarch64` unpacks a Python for it."""
+"""Folder where `make aarch64` unpacks a Python."""
 MOST_BYTES = 4 << 20
 TAGS = ("manylinux2014", "manylinux_2_26", "manylinux_2_27", "manylinux_2_28")
-"""What a system with glibc 2.28 takes."""
+"""Platform tags accepted by a system with glibc 2.28."""
 
 
 def runs(*words: object, path: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command, done; path: the only folder where it finds programs."""
+    """Run a command; path: the only folder where it finds programs."""
     environment = {"HOME": "/nowhere", "PATH": path or "/usr/bin:/bin", **variables}
     line = [str(word) for word in words]
-    # Not from the repository, where Python would find this package without its libraries.
+    # Not in the repository, where Python would find this package without its libraries.
     done = subprocess.run(line, capture_output=True, text=True, cwd="/", env=environment, check=False)
     assert done.returncode == 0, f"{' '.join(line)}\n{done.stdout}\n{done.stderr}"
     return done
@@ -49,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pythons() -> list[str]:
-    """One of each version that is here."""
+    """Return one Python of each installed version."""
     folders = [Path(sys.base_prefix) / "bin", Path("/usr/bin"), *(Path.home() / ".pyenv/versions").glob("3.*/bin")]
     found: dict[str, Path] = {}
     for folder in folders:

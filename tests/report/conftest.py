@@ -11,7 +11,7 @@ from sparsifiner_edge.results import write_result
 
 @pytest.fixture(scope="session")
 def real(once, tiny_bundle, tiny_weights, pictures):
-    """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle."""
+    """Result files by kind, of a sparse bundle and its dense one; `dense` is the dense bundle."""
     from sparsifiner_edge.profiles.estimate import estimate_bundle
     from tests.flat import evaluate_student, export_bundle, profile_bundle
     from tests.models import TINY
@@ -34,7 +34,7 @@ def real(once, tiny_bundle, tiny_weights, pictures):
 
 @pytest.fixture
 def changed(real, tmp_path):
-    """Write a real result, changed by a function, to a file of its own."""
+    """Write a real result, changed by a function, to a separate file."""
 
     def write(name, change, file="changed.json"):
         result = json.loads(real[name].read_text(encoding="utf-8"))

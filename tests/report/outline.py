@@ -1,4 +1,4 @@
-"""Pages of results, read back."""
+"""Parser for pages of results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOID = {"meta", "link", "br", "img"}
 
 
 class Outline(html.parser.HTMLParser):
-    """Tags that are open, all tags, and the text of a page."""
+    """Collects the open tags, all tags and the text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Both pages in a real Chromium: they render, ask for nothing, complain of nothing, and fit every width."""
+"""Tests of both pages in a real Chromium: they render at every width, without requests and without errors."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ addEventListener('load', () => {
       const mark = e.getBoundingClientRect(), strip = e.parentElement.getBoundingClientRect();
       return (mark.left + mark.width / 2 - strip.left) / strip.width; }) }) })
 </script></html>"""  # noqa: E501
-"""Shows a page so wide, and says in its title what is seen; places: of marks and ticks, as shares of their charts'."""
+"""Shows a page at a given width and reports in its title; places: marks and ticks as shares of their chart's width."""
 
 
 def chromium(folder, *options):
-    """Standard output and standard error of a Chromium that opens one page and ends."""
+    """Return standard output and standard error of a Chromium that opens one page."""
     line = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options]
     line.append(f"--user-data-dir={folder / 'profile'}")
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
@@ -44,7 +44,7 @@ def chromium(folder, *options):
 
 
 def seen(folder, page, width, scheme="light"):
-    """What FRAME says of a page, and the `complaints` that it caused."""
+    """Return what FRAME reports of a page, and the `complaints` of the browser."""
     frame = folder / "frame.html"
     frame.write_text(FRAME.replace("{width}", str(width)).replace("{page}", html.escape(page)), "utf-8")
     colours = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
@@ -74,7 +74,7 @@ def test_it_renders(pages, tmp_path, name, scheme, width):
     assert found["width"] <= width
     assert found["pictures"] >= 2
     assert found["red"] < 60 if scheme == "dark" else found["red"] > 200
-    # Marks and ticks stand where their values are: apart from each other, inside their chart.
+    # Marks and ticks stand where their values are: apart from each other and inside their chart.
     assert name.startswith("explain") or len(set(found["places"])) >= 5
     assert all(-0.01 <= place <= 1.01 for place in found["places"])
 
@@ -86,7 +86,7 @@ def test_it_prints(pages, tmp_path):
 
 
 def test_the_browser_would_tell(tmp_path):
-    """The checks above can fail: a page that throws, fetches and overflows is found out."""
+    """The checks above can fail: a page that throws, fetches and overflows is detected."""
     found = seen(tmp_path, "<main><img src='no.png'><p style='width:3000px'>x</p></main><script>none()</script>", 390)
     assert all(found[name] for name in ("complaints", "fetched", "wider", "broken"))
     assert found["width"] > 390

@@ -1,4 +1,4 @@
-"""The page from real results: what it says, and what it refuses to say."""
+"""Tests of the page made from real results: its content, and the claims it must not make."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     assert f"{evaluation['features_cosine']['mean']['value']:.4f}" in page.text
     losses = robustness["features"]
     assert f"{100 * losses['fog']['teacher']:.2f}" in page.text
-    assert f"{100 * losses['all']['extra_lost']['value']:.2f}" in " ".join(summary["verdict"])
+    assert f"{100 * losses['all']['extra_drop']['value']:.2f}" in " ".join(summary["verdict"])
     peak = comparison["subject"]["peak_memory_bytes"] / 1e6
     assert f"{peak:,.0f}" in page.text or f"{peak:,.1f}" in page.text
     assert "ESTIMATE for Jetson Orin Nano 8 GB · JetPack 6.2, TensorRT 10.3" in page.text
     for said in ("choosing keys", "p99, ms", "sparsifiner", json.loads(real["comparison"].read_text())["created"]):
         assert said in page.text
     assert [tag for tag, _ in page.tags].count("polygon") == 2
-    # Nothing is loaded, and nothing runs.
+    # Nothing is loaded, and no script runs.
     assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe", "object", "embed", "form")]
     attributes = [pair for _, attrs in page.tags for pair in attrs.items()]
     assert [value for name, value in attributes if name in ("src", "href") or name.startswith("on")] == ["data:,"]
@@ -74,7 +74,7 @@ DIFFERENT = {
 
 
 def test_a_precision_is_chosen_and_said(real, changed, tmp_path):
-    """Of two runs there is no ratio anyhow."""
+    """There is no ratio of two runs in any case."""
     summary, page = written([real["comparison"], changed("profile", DIFFERENT["precision"])], tmp_path / "r.html")
     assert summary["differences"] == {}
     assert all(f"· {value}" in page.text for value in ("fp32", "fp16"))
@@ -82,7 +82,7 @@ def test_a_precision_is_chosen_and_said(real, changed, tmp_path):
 
 @pytest.mark.parametrize("field", sorted(DIFFERENT.keys() - {"precision"}))
 def test_results_that_differ_stand_below_a_banner(real, changed, tmp_path, field):
-    # The side named here is the dense one of the comparison, so that it alone could be compared.
+    # The side named here is the dense one of the comparison, so that only it could be compared.
     summary, page = written([real["comparison"], changed("profile", DIFFERENT[field])], tmp_path / "r.html")
     assert list(summary["differences"]) == [field]
     assert summary["verdict"][0].startswith("No overall verdict")
@@ -92,7 +92,7 @@ def test_results_that_differ_stand_below_a_banner(real, changed, tmp_path, field
 
 
 def test_profile_and_report_say_the_same_of_one_file(capsys, real, changed, tmp_path):
-    """Across precisions too, with what is known of fidelity; and each figure alike."""
+    """For several precisions too, with known fidelity, and with equal figures."""
 
     def faster(result):
         DIFFERENT["precision"](result)
@@ -106,8 +106,8 @@ def test_profile_and_report_say_the_same_of_one_file(capsys, real, changed, tmp_
     sentence, exported, unknown = summary["verdict"]
     assert " is 7.60 times as fast as " in sentence
     assert sentence.endswith("(95 % interval 7.10 to 8.00); they differ in precision (fp16 | fp32).")
-    assert "cosine 0.9877 to its own file in float32" in exported
-    assert unknown.startswith("How faithful they are to the dense model was not measured here")
+    assert "cosine 0.9877 to the same model in float32" in exported
+    assert unknown.startswith("Fidelity to the dense model was not measured here")
     assert f" --against {real['dense']} --data" in unknown
     result = read_result(path, ProfileResult)
     print_page(result)
@@ -117,7 +117,7 @@ def test_profile_and_report_say_the_same_of_one_file(capsys, real, changed, tmp_
     for text in (printed, page.text):
         assert re.search("peak memory, MB[ │]+{}[ │]+{}".format(*peaks), text), text
 
-    def twice(result):  # Of one bundle, as it is and in bf16.
+    def twice(result):  # One bundle, unchanged and in bf16.
         result["subjects"][1] = {**result["subjects"][0], "role": "against", "path": "a b"}
         result["method"]["runtime"]["against"].update(precision="fp32, attention bf16")
 
@@ -125,12 +125,12 @@ def test_profile_and_report_say_the_same_of_one_file(capsys, real, changed, tmp_
     name = json.loads(path.read_text())["subjects"][0]["name"]
     assert f"{name} · fp32" in verdict["verdict"][0]
     assert (
-        "evaluate 'a b' --against DENSE/ --data IMAGES/ --backend onnxruntime --precision bf16"
+        "evaluate 'a b' --against DENSE/ --data IMAGES/ --backend onnxruntime --compute-precision bf16"
         in verdict["verdict"][-1]
     )
     alike = changed("comparison", lambda r: r["subjects"][1].update(r["subjects"][0], role="against"), "alike.json")
     assert all(f"{name} · ({number})" in written([alike], tmp_path / "r.html")[1].text for number in (1, 2))
-    # An evaluation in another precision says nothing of it.
+    # An evaluation in another precision does not apply to it.
     for precision, known in (("fp32", False), ("fp16", True)):
         change = {"precision": precision}
         judged = changed("evaluation", lambda r, c=change: r["method"]["runtime"]["subject"].update(c), "e.json")
@@ -144,8 +144,8 @@ def test_profile_and_report_say_the_same_of_one_file(capsys, real, changed, tmp_
     [
         ("faster", (2.0, 1.9, 2.1), "is 2.00 times as fast as"),
         ("slower", (0.5, 0.4, 0.8), "it takes 2.00 times as long (95 % interval 1.25 to 2.50)"),
-        ("slower", (0.0, 0.0, 0.8), "No difference in speed shown"),
-        ("faster", (2.0, None, 2.1), "No difference in speed shown"),
+        ("slower", (0.0, 0.0, 0.8), "No difference in speed was found"),
+        ("faster", (2.0, None, 2.1), "No difference in speed was found"),
     ],
 )
 def test_the_verdict(changed, tmp_path, verdict, ratio, text):
@@ -158,7 +158,7 @@ def test_the_verdict(changed, tmp_path, verdict, ratio, text):
 
     summary, _ = written([changed("comparison", change)], tmp_path / "r.html")
     assert text in summary["verdict"][0]
-    assert "How faithful they are" in summary["verdict"][-1]
+    assert "Fidelity to the dense model" in summary["verdict"][-1]
 
 
 def test_energy(changed, tmp_path):

@@ -1,4 +1,4 @@
-"""What the page makes of damaged, hostile and large results."""
+"""Tests of the page made from damaged, hostile and large results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_names_are_no_markup_and_do_nothing_to_a_terminal(capsys, changed, tmp_p
     page = Outline(content)
     assert not [tag for tag, _ in page.tags if tag in ("script", "b.json")]
     assert page.open == []
-    assert "<script>alert(1)</script>" in page.text  # As text, it is all there.
+    assert "<script>alert(1)</script>" in page.text  # All of it is present as text.
     assert not set(outcome.out + outcome.err + content) & set("\x1b\u202e\x9b")
 
 

@@ -1,10 +1,10 @@
-"""Commands in a network namespace of their own, and every packet that they try to send out of it.
+"""Commands in a separate network namespace, and every packet that they try to send out of it.
 
     python -m tests.security.isolated SECONDS < commands.json     a list of {"name", "arguments", "environment"}
 
-The namespace has a loopback, and one interface through which all else would go, a name server's address included: a
-look-up or a connection is a packet there, before anyone answers. Prints one JSON object: `codes` per name (None where
-it still ran at the end and was ended), `packets` (what was sent), `errors` per name (what it wrote).
+The namespace has a loopback and one interface for all other traffic, a name server's address included: a look-up or a
+connection is a packet there, before anyone answers. Prints one JSON object: `codes` per name (None if it still ran at
+the end and was ended), `packets` (what was sent), `errors` per name (standard error).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ CI = (
     "TF_BUILD",
     "TRAVIS",
 )
-"""Where one of these is set ONNX Runtime reports nothing anyway; what is run here runs as on a user's machine."""
+"""Variables that disable telemetry of ONNX Runtime; they are removed, as on a user's machine."""
 
 
 def enter() -> int:
-    """Leave the machine's network and its name servers; returns the other end of the interface that leads out.
+    """Leave the machine's network and its name servers; return the other end of the outgoing interface.
 
     Raises:
-        OSError: not permitted here.
+        OSError: Not permitted here.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS | CLONE_NEWNET) != 0:
@@ -57,7 +57,7 @@ def enter() -> int:
     for line in ("link set lo up", "addr add 10.77.0.1/24 dev out0", "link set out0 up", "route add default dev out0"):
         subprocess.run(["ip", *line.split()], check=True, capture_output=True)
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    with tempfile.NamedTemporaryFile("w") as file:  # Mounted it stays, also without its name.
+    with tempfile.NamedTemporaryFile("w") as file:  # It stays mounted without its name.
         file.write(f"nameserver {_SERVER}\noptions timeout:1 attempts:1\n")
         file.flush()
         subprocess.run(["mount", "--bind", file.name, os.path.realpath("/etc/resolv.conf")], check=True)
@@ -65,7 +65,7 @@ def enter() -> int:
 
 
 def listen(handle: int, packets: list[str]) -> None:
-    """Collect what is sent out, for ever; IPv6's own chatter about neighbours and routers aside."""
+    """Collect outgoing packets forever, except IPv6 neighbour and router discovery."""
     while True:
         packet = os.read(handle, 65535)
         if packet[0] >> 4 == 6 and packet[6] in (0, 58):  # Hop-by-hop options (MLD) and ICMPv6.

@@ -1,4 +1,4 @@
-"""What a signature covers is what runs: no file beside the model's, no file put in another's place."""
+"""Tests that the signed files are those that run: no additional files and no replaced ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def outside(model: onnx.ModelProto, location: str) -> None:
 
 
 def outside_branch(model: onnx.ModelProto, location: str) -> None:
-    """In a subgraph of a function's body."""
+    """Put it in a subgraph of a function body."""
     node = onnx.helper.make_node("If", ["x"], ["z"])
     inner = onnx.GraphProto(name="inner", initializer=[other_file(location)])
     node.attribute.append(onnx.helper.make_attribute("then_branch", inner))
@@ -50,7 +50,7 @@ def outside_branch(model: onnx.ModelProto, location: str) -> None:
 
 
 def outside_default(model: onnx.ModelProto, location: str) -> None:
-    """In the default of a function's attribute, which a Constant in it refers to."""
+    """Put it in the default of a function's attribute, which a Constant in it refers to."""
     model.functions[0].attribute_proto.append(onnx.helper.make_attribute("v", other_file(location)))
 
 
@@ -73,7 +73,7 @@ def context(model: onnx.ModelProto, location: str) -> None:
 def test_a_model_that_names_other_files_is_refused(
     change: Callable[[Any, str], None], tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Whether they lie in the bundle, listed, or elsewhere."""
+    """The files lie in the bundle, listed, or elsewhere."""
     weights = np.ones((8, 8), np.float32).tobytes()
     for number, location in enumerate(("/etc/passwd", "../weights.bin", "weights.bin")):
         bundle = make_bundle(tmp_path / f"bundle{number}", function=True, preprocessing={"size": 4})
@@ -85,7 +85,7 @@ def test_a_model_that_names_other_files_is_refused(
         reseal(bundle)
         with pytest.raises(ArtifactError, match=r"another file|names other files"):
             sign_bundle(bundle, keys / "key.pem")
-        with monkeypatch.context() as patch:  # As one who signs by other means.
+        with monkeypatch.context() as patch:  # Signed by other means.
             patch.setattr(Bundle, "model", lambda _: None)
             sign_bundle(bundle, keys / "key.pem")
         for options in ({}, {"public_key": keys / "key.pub"}):
@@ -97,7 +97,7 @@ def test_a_model_that_names_other_files_is_refused(
 
 @pytest.mark.parametrize("way", ["renamed", "rewritten"])
 def test_a_model_swapped_while_it_is_opened_never_runs(way: str, tmp_path: Path, keys: Path) -> None:
-    """A signed bundle is opened again and again while its model is swapped."""
+    """A signed bundle is opened repeatedly while its model is swapped."""
     bundle = make_bundle(tmp_path / "bundle", preprocessing={"size": 4})
     sign_bundle(bundle, keys / "key.pem")
     with open_session(bundle) as session:
@@ -109,7 +109,7 @@ def test_a_model_swapped_while_it_is_opened_never_runs(way: str, tmp_path: Path,
     contents = model.SerializeToString(), path.read_bytes()
 
     def swap() -> None:
-        """Another model in its place and back again, as fast as can be."""
+        """Swap in another model and back again, as fast as possible."""
         while not stop.is_set():
             for content in contents:
                 if way == "renamed":
@@ -135,7 +135,7 @@ def test_a_model_swapped_while_it_is_opened_never_runs(way: str, tmp_path: Path,
 
 
 def test_everything_is_read_as_the_manifest_says(tmp_path: Path, keys: Path) -> None:
-    """Labels, golden pair and model changed after the signature was checked reach nobody."""
+    """Labels, golden pair and model are changed after the signature was checked, without effect."""
     bundle = make_bundle(tmp_path / "bundle")
     (bundle / "labels.txt").write_text("cat\n")
     reseal(bundle)
@@ -167,14 +167,14 @@ def test_everything_is_read_as_the_manifest_says(tmp_path: Path, keys: Path) -> 
 def test_kernels_that_the_manifest_does_not_list_are_not_the_bundles(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     (bundle / "kernels").mkdir()
-    (bundle / "kernels" / "sm87.json").write_text('{"schema_version": 3, "launches": {}, "nodes": {}}')
+    (bundle / "kernels" / "sm87.json").write_text('{"schema_version": 4, "launches": {}, "nodes": {}}')
     assert read_table(open_bundle(bundle), 87) is None
     reseal(bundle)
     assert read_table(open_bundle(bundle), 87) is not None
 
 
 def test_links_in_a_bundle_lead_nowhere(tmp_path: Path) -> None:
-    """What a build cleans up is its own: links of those names are left, and what they lead to."""
+    """A build removes only its own files: links of those names and their targets are left."""
     victim = tmp_path / "victim"
     (victim / "docs").mkdir(parents=True)
     for name in ("a.engine", "docs/thesis.txt", "top.txt"):
@@ -184,7 +184,7 @@ def test_links_in_a_bundle_lead_nowhere(tmp_path: Path) -> None:
     (bundle / "engines").symlink_to(victim)
     with bundle_scratch(bundle) as scratch:
         (scratch / "new").write_text("engine")
-        with pytest.raises(ArtifactError, match="outside itself"):
+        with pytest.raises(ArtifactError, match="outside the bundle"):
             extend_bundle(bundle, {"engines/new.engine": scratch / "new"}, lambda manifest: manifest)
     assert {p.name for p in victim.rglob("*")} == {"a.engine", "docs", "thesis.txt", "top.txt"}
 

@@ -1,6 +1,6 @@
-"""Names in bundles and students that lead elsewhere: every command refuses them, and writes nothing outside its output.
+"""Tests of names in bundles and sparse models that lead elsewhere: every command rejects them and writes nothing.
 
-A hostile bundle is whole: what its manifest names lies there and has the hash that it says, links followed.
+A hostile bundle is complete: files that its manifest names exist and have the listed hash, links followed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ NAMES = (
 
 
 def hostile(folder: Path, keys: Path, name: str, links: dict[str, str] | None = None) -> Path:
-    """A bundle that lists a file of this name, signed. Read through what lies in it, the first two of `NAMES` are files
-    inside with that hash; written elsewhere they lie outside.
+    """Write a signed bundle that lists a file of this name.
+
+    When read, the first two of `NAMES` are files inside with that hash; when written, they lie outside.
     """
     bundle = make_bundle(folder / "bundle", preprocessing={"size": 4})
     (folder / "victim").mkdir()
@@ -88,7 +89,7 @@ COMMANDS = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_could_lead_elsewhere_is_no_bundles(name: str, tmp_path: Path, keys: Path) -> None:
-    """What every command begins with, of which those below try one such name each."""
+    """Every command begins with this check; the tests below try one such name each."""
     bundle = hostile(tmp_path, keys, name)
     for act in (open_bundle, lambda b: require_signature(b, keys / "key.pub")):
         with pytest.raises(ArtifactError, match="names the file") as caught:
@@ -100,8 +101,8 @@ def test_a_name_that_could_lead_elsewhere_is_no_bundles(name: str, tmp_path: Pat
     ("listed", "links", "said"),
     [
         ("../bundle/.bashrc", None, "names the file '../bundle/.bashrc'"),
-        ("stolen", {"stolen": "../victim/.bashrc"}, "names the file 'stolen' outside itself"),
-        ("engines/.bashrc", {"engines": "../victim"}, "names the file 'engines/.bashrc' outside itself"),
+        ("stolen", {"stolen": "../victim/.bashrc"}, "names the file 'stolen', which lies outside the bundle"),
+        ("engines/.bashrc", {"engines": "../victim"}, "'engines/.bashrc', which lies outside the bundle"),
         ("loop", {"loop": "loop"}, "cannot be read"),
     ],
 )
@@ -118,7 +119,7 @@ def test_no_command_takes_it_or_follows_a_link_out(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_manifest_is_no_link_out(command: str, tmp_path: Path, keys: Path, capsys: Capsys) -> None:
-    """Through one a build would write elsewhere, and a package take along what it leads to."""
+    """Through a link a build would write elsewhere, and a package would include the target."""
     bundle = make_bundle(tmp_path / "bundle", preprocessing={"size": 4})
     sign_bundle(bundle, keys / "key.pem")
     Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
@@ -140,7 +141,7 @@ def test_a_signature_is_all_that_is_copied_as_one(tmp_path: Path, keys: Path) ->
     require_signature(tmp_path / "out" / "bundle", keys / "key.pub")
     (bundle / SIGNATURE_FILE).rename(tmp_path / "elsewhere")
     (bundle / SIGNATURE_FILE).symlink_to("../elsewhere")
-    with pytest.raises(ArtifactError, match=r"names the file 'manifest\.sig' outside itself"):
+    with pytest.raises(ArtifactError, match=r"names the file 'manifest\.sig', which lies outside the bundle"):
         package_bundle(bundle, "gstreamer", tmp_path / "other")
     (bundle / SIGNATURE_FILE).unlink()
     (bundle / SIGNATURE_FILE).write_bytes(SECRET)
@@ -153,7 +154,7 @@ def test_a_signature_is_all_that_is_copied_as_one(tmp_path: Path, keys: Path) ->
     "model", ["../../x", "/etc/passwd", "local-dir:/etc", "hf-hub:a/b", "hf_hub:a/b", "a\0b", "a\x1b[2J", ""]
 )
 def test_a_student_names_no_file(model: str, tmp_path: Path, tiny_student: Path, capsys: Capsys) -> None:
-    """The name of its model is one that timm has, or of transformers' classes: never a path, and nothing is fetched."""
+    """The model's name is one of timm or a transformers class: never a path, and nothing is fetched."""
     student = tmp_path / "student"
     student.mkdir()
     for path in tiny_student.iterdir():

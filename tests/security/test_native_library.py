@@ -1,4 +1,4 @@
-"""A native library that cannot be loaded: `auto` goes on without it and says why, `native` is an error."""
+"""Tests of a native library that cannot be loaded: `auto` continues without it and reports why, `native` fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tiny import make_bundle
 SAID = {
     "missing": "is not built",
     "cut short": "is cut short",
-    "another file": "is no 64-bit ELF library",
+    "another file": "is not a 64-bit ELF library",
     "needs another library": "libhwy-that-is-not-there.so",
 }
 EVERY_WAY = """
@@ -41,7 +41,7 @@ for kernels in ("auto", "portable", "native"):
         told[kernels] = f"refused: {error}"
 print(json.dumps(told | msgspec.to_builtins(doctor.examine())))
 """
-"""In a process of its own: what ends it, such as SIGBUS, ends that one."""
+"""Run in a separate process: a fatal signal such as SIGBUS ends only that one."""
 
 
 def damaged(kind: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""No network unless asked: every command, and what it starts, in a network namespace where any packet is seen."""
+"""Tests that nothing uses the network unless requested: every command runs in a network namespace that sees packets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiny import make_bundle
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 30
-"""ONNX Runtime reports its use some 20 s after it was imported."""
+"""ONNX Runtime sends telemetry some 20 s after its import."""
 
 
 def isolated(commands: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -48,7 +48,7 @@ needs_namespaces = pytest.mark.skipif(
 
 @needs_namespaces
 def test_a_packet_is_seen() -> None:
-    """The test itself: a look-up and a connection."""
+    """The test detects a look-up and a connection."""
     asks = "import socket\ntry: socket.getaddrinfo('report.example.org', 443)\nexcept OSError: pass"
     calls = "import socket\nsocket.create_connection(('192.0.2.7', 443), 1)"
     for code, sign in ((asks, "example"), (calls, "c0000207")):
@@ -67,7 +67,7 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
         shutil.copyfile(picture, many / f"{number}{picture.suffix}")
     assert process("profile", bundle, "--seconds", ".1", "-o", result).code == 0
     lines = {
-        # The two that go on: cameras and measuring run for the whole time.
+        # Cameras and measurements run for the whole time.
         "run test": f"{bundle} --source test:2",
         "profile": f"{bundle} --seconds {SECONDS} -o {tmp_path}/long.json",
         "run video": f"{bundle} --source {video}",
@@ -96,7 +96,7 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
         reporting = pool.submit(isolated, [asked], SECONDS + 5)
         found = isolated(commands, SECONDS + 5)
     assert found["packets"] == []
-    # What would be seen, were it not off; older ones report less.
+    # Telemetry that would be seen if it were enabled; older versions report less.
     if tuple(map(int, version("onnxruntime").split(".")[:2])) >= (1, 32):
         assert any("microsoft" in packet for packet in reporting.result()["packets"])
     assert found["codes"]["run test"] is None, found["errors"]["run test"]
@@ -108,7 +108,7 @@ def test_telemetry_is_off_before_anything_is_imported() -> None:
     code = "import os, sparsifiner_edge, sys\nprint(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
     line, environment = [sys.executable, "-c", code], {"PATH": "/usr/bin"}
     assert subprocess.check_output(line, text=True, cwd=ROOT, env=environment).split() == ["1", "False"]
-    kept = environment | {"ORT_DISABLE_TELEMETRY": "0"}  # Whoever wants it says so.
+    kept = environment | {"ORT_DISABLE_TELEMETRY": "0"}  # The user can enable it.
     assert subprocess.check_output(line, text=True, cwd=ROOT, env=kept).split()[0] == "0"
     told = subprocess.check_output([sys.executable, "-m", "sparsifiner_edge", "doctor"], text=True, cwd=ROOT, env=kept)
     assert "on: ORT_DISABLE_TELEMETRY is '0'" in told

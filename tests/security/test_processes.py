@@ -1,4 +1,4 @@
-"""Processes that the package starts: no file of the working directory runs in them, and none outlives its parent."""
+"""Tests of started processes: no file of the working directory runs in them, and none outlives its parent."""
 
 from __future__ import annotations
 
@@ -39,16 +39,14 @@ COMMANDS = {
     "verify": "bundle verify {bundle}",
 }
 PATHS = ("", ":/nowhere", "./:/nowhere")
-"""Of PYTHONPATH, which commands hand on to the processes that they start, all by one function: the first command is
-tried with each of these, the others with one.
-"""
+"""Values of PYTHONPATH, which all started processes inherit: the first command tries each, the others one."""
 
 
 @pytest.mark.parametrize(("command", "path"), [*(("test", path) for path in PATHS), *((c, PATHS[2]) for c in COMMANDS)])
 def test_no_file_of_the_working_directory_runs(
     command: str, path: str, keys: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """There every likely module says that it ran."""
+    """Every likely module in it would report that it ran."""
     hostile, ran = tmp_path / "hostile", tmp_path / "ran"
     hostile.mkdir()
     for name in PLANTED:
@@ -57,7 +55,7 @@ def test_no_file_of_the_working_directory_runs(
     sign_bundle(bundle, keys / "key.pem")
     encode(tmp_path / "video.mp4", [np.zeros((64, 64, 3), np.uint8)] * 3)
     line = COMMANDS[command].format(bundle=bundle, keys=keys, pictures=pictures, place=tmp_path)
-    # The parent's own PYTHONPATH is cleared by -I; what it hands on to its children is what is tested.
+    # The parent's own PYTHONPATH is cleared by -I; what it passes on to its children is tested.
     done = subprocess.run(
         [sys.executable, "-I", str(SCRIPT), *line.split()],
         cwd=hostile,
@@ -72,7 +70,7 @@ def test_no_file_of_the_working_directory_runs(
 
 
 def test_a_program_that_hears_nothing_ends_with_its_parent() -> None:
-    """As do processes of ours: see tests/test_child.py."""
+    """So do our worker processes: see tests/test_child.py."""
     code = (
         "import subprocess, sys, time\n"
         "from sparsifiner_edge.process import start_program\n"

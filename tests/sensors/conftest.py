@@ -8,11 +8,15 @@ import pytest
 
 
 class FakeNvml:
-    """One or more cards, in the place of the module `pynvml`, whose constants and exceptions it has. What is set to an
-    exception is raised.
+    """One or more cards; replaces the module `pynvml` with its constants and exceptions.
+
+    An attribute set to an exception is raised.
 
     Attributes:
-        power_mw, energy_mj, used: what the functions return; `broken`: raised by every call once set.
+        power_mw: Power.
+        energy_mj: Energy counter.
+        used: Memory in use.
+        broken: Raised by every call once set.
     """
 
     def __init__(self):
@@ -64,7 +68,7 @@ class FakeNvml:
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """A card in place of whatever this machine has."""
+    """A card that replaces those of this machine."""
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -73,5 +77,5 @@ def nvml(monkeypatch):
 
 @pytest.fixture
 def no_nvml(monkeypatch):
-    """As without nvidia-ml-py."""
+    """No nvidia-ml-py."""
     monkeypatch.setitem(sys.modules, "pynvml", None)

@@ -1,4 +1,4 @@
-"""Power over time of which the integral is known, and recordings of it without waiting."""
+"""Power curves of known integral, and recordings of them without waiting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RAIL = "VDD_IN"
 
 
 class Power:
-    """So many watts from each of n + 1 bounds, in seconds, to the next: levels [n]."""
+    """Piecewise constant power: watts between n + 1 bounds in seconds, levels [n]."""
 
     def __init__(self, bounds, levels):
         self.bounds, self.levels = np.array(bounds, float), np.array(levels, float)
@@ -23,12 +23,12 @@ class Power:
         return self.levels[np.searchsorted(self.bounds, t, "right") - 1]
 
     def joules(self, t):
-        """From the first bound to t seconds."""
+        """Return joules from the first bound to t seconds."""
         return np.interp(t, self.bounds, self.energies)
 
 
 def square(low, high, half):
-    """Either of two levels in turn, for `half` seconds each."""
+    """Return a square wave of two levels, each for `half` seconds."""
     return Power(np.arange(301) * half, np.resize([low, high], 300))
 
 
@@ -37,7 +37,7 @@ def sensor_of(**settings):
 
 
 def sample_times(seconds, period_s, seed, jitter=0.3):
-    """Seconds at which a thread would read: about every period, early or late by up to `jitter` of it."""
+    """Return reading times of a thread: about every period, early or late by up to `jitter` of it."""
     random = np.random.default_rng(seed)
     count = int(seconds / period_s)
     times = (np.arange(count) + random.random() + random.uniform(-jitter, jitter, count)) * period_s
@@ -45,7 +45,7 @@ def sample_times(seconds, period_s, seed, jitter=0.3):
 
 
 def record_power(power, times, average_s=0.0):
-    """Readings of the moment, or of the mean over the last `average_s` seconds."""
+    """Record instantaneous power, or its mean over the last `average_s` seconds."""
     mean = (power.joules(times) - power.joules(times - average_s)) / average_s if average_s else power.watts(times)
     return recording(times, [{RAIL: float(v)} for v in mean], sensor_of(averaging_s=average_s))
 
@@ -64,7 +64,7 @@ def recording(times, readings, sensor):
 
 
 def often(sensor):
-    """The same, worth reading every hundredth of a second."""
+    """Return the same source with readings every hundredth of a second."""
     return dataclasses.replace(sensor, period_s=0.01)
 
 

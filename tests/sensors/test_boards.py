@@ -1,4 +1,4 @@
-"""Each board's files: which sensor is found, what its total is made of, and what is said where they cannot be read."""
+"""Tests of sensors on each board's files: choice of sensor, parts of its total, and messages for unreadable files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ORIN = Path(trees.I2C) / "ina3221/1-0040/hwmon/hwmon1"
 
 @pytest.fixture
 def deny(monkeypatch):
-    """Root may read everything, so refusals are made up: files whose name ends so answer with an error number."""
+    """Make files with these endings fail with an error number, since root may read everything."""
 
     def refuse(ending: str, number: int = errno.EACCES) -> None:
         read = sensor_files.Path.read_bytes
@@ -50,7 +50,7 @@ AGX_ORIN = {
     [
         (trees.orin_nano, {"VDD_IN": 5.040 * 1.132}, "feeds the other rails", {"cpu": 1344.0}, "MAXN_SUPER"),
         (trees.thor, {"VIN": 19.78}, "feeds the other rails", {"gpu": 314.0, "memory": 4266.0}, "120W"),
-        (trees.agx_orin, AGX_ORIN, "below a wall meter", {"gpu": 407.0}, "MAXN"),
+        (trees.agx_orin, AGX_ORIN, "lower than a wall meter", {"gpu": 407.0}, "MAXN"),
     ],
 )
 def test_a_jetsons_total_is_the_rail_that_feeds_the_others_or_their_sum(tmp_path, board, rails, total, clocks, mode):
@@ -74,8 +74,8 @@ def test_rapl_counts_each_package_once_and_is_for_the_processor(tmp_path):
         "dram (package-1)": 500.0,
     }
     assert sensor.wraps_j["dram (package-1)"] == pytest.approx(65712.999613)
-    assert "card alone" in sensor.not_used["nvml"]
-    assert "processor alone" in find_sensor(tmp_path, on="gpu").not_used["rapl"]
+    assert "graphics card only" in sensor.not_used["nvml"]
+    assert "processor only" in find_sensor(tmp_path, on="gpu").not_used["rapl"]
 
 
 def test_what_only_root_may_read_says_so(tmp_path, deny):

@@ -1,4 +1,4 @@
-"""Joules of curves whose integral is known, and what is said when they cannot be known."""
+"""Tests of energy from power curves of known integral, and of the messages if it cannot be known."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GROSS, NET = "gross_j_per_inference", "net_j_per_inference"
 
 
 def scene(low, high, after=IDLE_W):
-    """Ten idle seconds, thirty of work that takes two levels in turn, ten idle."""
+    """Return ten idle seconds, thirty of work alternating between two levels, ten idle."""
     starts = np.arange(BEGIN, END, 1.1585)
     return Power([0, *starts, END, TOTAL], [IDLE_W, *np.resize([low, high], len(starts)), after])
 
@@ -37,13 +37,13 @@ CONSTANT, CHANGING = scene(20, 20), scene(12, 22)
 
 
 def truth(power):
-    """Joules per inference, gross and net."""
+    """Return joules per inference, gross and net."""
     joules = float(power.joules(np.array(END)) - power.joules(np.array(BEGIN)))
     return joules / INFERENCES, (joules - IDLE_W * (END - BEGIN)) / INFERENCES
 
 
 def judged(recorded, windows=WINDOWS, inferences=INFERENCES):
-    """After a year of CLOCK_MONOTONIC, of which float seconds would lose a few nanoseconds."""
+    """Compute energy at a CLOCK_MONOTONIC of one year, at which float seconds lose a few nanoseconds."""
     recorded.start_ns, recorded.times_ns = YEAR, [YEAR + moment for moment in recorded.times_ns]
     recorded.idle, windows = ([(YEAR + a, YEAR + b) for a, b in spans] for spans in (IDLE, windows))
     figures = energy(recorded, windows, inferences)
@@ -66,7 +66,7 @@ def test_energy_of_known_integrals_is_within_one_percent(power, kind):
 
 
 def uneven(seed, mean=20.0, deviation=4.0):
-    """Power that is drawn anew every .2 s: what a longer run would have spent on average is known."""
+    """Random power that changes every 0.2 s: the average of a longer run is known."""
     levels = np.random.default_rng(seed).normal(mean, deviation, int(TOTAL / 0.2) + 1)
     return Power(np.arange(len(levels) + 1) * 0.2, levels)
 
@@ -97,7 +97,7 @@ def test_net_intervals_widen_with_the_drift_of_the_baseline():
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_two_programs_in_turn_are_told_apart(counted):
-    """As `profile --against` runs them: blocks of .2 s in a drawn order, one at 10 W, the other at 20 W."""
+    """`profile --against` runs blocks of 0.2 s in random order, one program at 10 W, the other at 20 W."""
     period, block, begin = (0.05, 0.2, 5.0) if counted else (0.1, 0.2, 5.0)
     for seed in range(20):
         turns = [t for _ in range(25) for t in ((0, 1, 1, 0), (1, 0, 0, 1))[np.random.default_rng(seed).integers(2)]]
@@ -140,15 +140,15 @@ def test_readings_that_end_early_give_what_is_known_or_say_that_it_is_too_little
 def test_an_empty_window_or_no_inference_has_no_figure(windows, inferences):
     figures = judged(record_power(CONSTANT, TIMES), windows, inferences)
     for name in (GROSS, NET, "mean_w"):
-        assert "nothing to divide" in figures[name]["unavailable"]
+        assert "too few for an energy" in figures[name]["unavailable"]
 
 
 def test_windows_shorter_than_the_sensors_average_have_no_figure():
-    """Two programs in turn, .2 s each: a one-second average cannot tell them apart."""
+    """Two programs alternate every 0.2 s, so a one-second average cannot separate them."""
     blocks = [window(0.4 * n, 0.4 * n + 0.2) for n in range(20, 100)]
     figures = judged(record_power(square(5.0, 25.0, 0.2), TIMES, average_s=1.0), blocks)
     assert "averages over 1 s" in figures[GROSS]["unavailable"]
-    # Blocks of one process, one right after another, are one window.
+    # Consecutive blocks of one process are one window.
     close = [window(10 + n, 10.99 + n) for n in range(30)]
     assert "value" in judged(record_power(CONSTANT, TIMES, average_s=1.0), close)[GROSS]
 

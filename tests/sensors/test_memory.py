@@ -1,4 +1,4 @@
-"""Memory of a process, and of a board whose processor and GPU share it."""
+"""Tests of memory measurements of a process, and of a board with memory shared by CPU and GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVIDIA cards: what NVML tells, and what it does when a card is lost."""
+"""Tests of NVIDIA cards: the values of NVML, and its behaviour when a card is lost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_card_with_an_energy_counter_and_one_without(nvml):
     assert sensor.read() == {"gpu": pytest.approx(70.123)}
     assert nvml.opened == 0
     nvml.power_mw = NOT_SUPPORTED  # As on Orin.
-    assert "tells no power of NVIDIA GeForce RTX 4070" in find_sensor(on="gpu").not_used["nvml"]
+    assert "does not report the power of NVIDIA GeForce RTX 4070" in find_sensor(on="gpu").not_used["nvml"]
 
 
 @pytest.mark.parametrize(("variable", "asked"), [(None, 0), ("1,0", 1), ("GPU-8f1c", "GPU-8f1c"), ("nonsense", 0)])
@@ -46,7 +46,7 @@ def test_the_card_is_the_one_that_inferences_see(nvml, monkeypatch, variable, as
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     sensor = find_sensor(on="gpu")
     assert set(nvml.asked) == {asked}
-    assert "one of 2: the first of CUDA_VISIBLE_DEVICES" in sensor.total
+    assert "one of 2 cards: the first in CUDA_VISIBLE_DEVICES" in sensor.total
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     assert "Invalid Argument" in find_sensor(on="gpu").not_used["nvml"]
 
@@ -77,4 +77,4 @@ def test_conditions_and_memory_of_a_card(nvml, tmp_path):
     assert look["throttled_by"] == ["power cap"]
     for name, (bit, _) in THROTTLING.items():
         assert getattr(pynvml, f"nvmlClocksEventReason{name}") == bit
-    assert device_bytes(tmp_path) == (1 << 30, "rise of the card's used memory (NVML), other programs included")
+    assert device_bytes(tmp_path) == (1 << 30, "increase of the card's used memory (NVML), including other programs")

@@ -1,4 +1,4 @@
-"""The recording's thread: the whole path in real time, and sensors and clocks that do their worst."""
+"""Tests of the recording thread: the real-time path, and misbehaving sensors and clocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def steady():
 
 @pytest.mark.parametrize("counts", [False, True], ids=["power", "counter"])
 def test_known_integrals_through_thread_and_clock(tmp_path, counts):
-    """Each reading comes after a delay of up to 2 ms."""
+    """Each reading is delayed by up to 2 ms."""
     random, power = np.random.default_rng(0), square(8.0, 24.0, 0.11585)
     for _ in range(20):
         began = time.monotonic()
@@ -43,7 +43,7 @@ def test_known_integrals_through_thread_and_clock(tmp_path, counts):
             end = time.monotonic_ns()
             time.sleep(0.05)
         if max(np.diff(recording.times_ns)) < SECOND / 40:
-            break  # On a busy machine the thread waits its turn, and no rule knows what was not read.
+            break  # On a busy machine the thread waits for a core, and missed readings cannot be recovered.
     figures = energy(recording, [(start, end)], 20)
     first, last = start / SECOND - began, end / SECOND - began
     expected = float(power.joules(np.array(last)) - power.joules(np.array(first))) / 20

@@ -1,4 +1,4 @@
-"""Made-up file trees of real boards: files as the kernel and NVIDIA's tools show them, with values of that kind."""
+"""Fake file trees of real boards: files as the kernel and NVIDIA's tools provide them, with realistic values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THOR_RAILS = {"VDD_GPU": (12000, 410), "VDD_CPU_SOC_MSS": (12000, 520), "VIN_SYS
 
 
 def write_tree(root: Path, files: dict[str, object]) -> Path:
-    """Files by path under `root`, each ending in a line break as sysfs does."""
+    """Write files by path under `root`, each ending in a line break as in sysfs."""
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +22,7 @@ def write_tree(root: Path, files: dict[str, object]) -> Path:
 
 
 def hwmon_ina3221(address: str, number: int, rails: dict[str, tuple[int, int]]) -> dict[str, object]:
-    """One chip as the kernel's hwmon driver shows it: three rails, three shunts, and the shunts' sum."""
+    """Return one chip of the kernel's hwmon driver: three rails, three shunts, and the shunts' sum."""
     folder = f"{I2C}/ina3221/{address}/hwmon/hwmon{number}"
     files: dict[str, object] = {f"{folder}/name": "ina3221", f"{folder}/in7_label": "sum of shunt voltages"}
     files |= {f"{folder}/in7_input": 8, f"{folder}/curr4_input": 1619, f"{folder}/update_interval": 26}
@@ -38,21 +38,21 @@ def hwmon_ina3221(address: str, number: int, rails: dict[str, tuple[int, int]]) 
 
 
 def jetson(release: str, mode: str, conf: dict[int, str]) -> dict[str, object]:
-    """What every Jetson has: release, power mode and its names."""
+    """Return the files of every Jetson: release, power mode and its names."""
     modes = "".join(f"< POWER_MODEL ID={n} NAME={name} >\nCPU_ONLINE CORE_0 1\n" for n, name in conf.items())
     release = f"# {release}, GCID: 38968081, BOARD: generic"
     return {"etc/nv_tegra_release": release, "etc/nvpmodel.conf": modes, "var/lib/nvpmodel/status": mode}
 
 
 def cpu(*kilohertz: int, governor: str = "schedutil") -> dict[str, object]:
-    """Of each policy."""
+    """Return files of each frequency policy."""
     folder = "sys/devices/system/cpu/cpufreq/policy"
     clocks = {f"{folder}{number}/scaling_cur_freq": now for number, now in enumerate(kilohertz)}
     return clocks | {f"{folder}{number}/scaling_governor": governor for number in range(len(kilohertz))}
 
 
 def thermal(kind: str, file: str, values: dict[str, int]) -> dict[str, object]:
-    """Zones and `temp` in thousandths of a degree, or cooling devices and `cur_state`."""
+    """Return zones with `temp` in thousandths of a degree, or cooling devices with `cur_state`."""
     files: dict[str, object] = {}
     for number, (name, value) in enumerate(values.items()):
         files |= {f"sys/class/thermal/{kind}{number}/type": name, f"sys/class/thermal/{kind}{number}/{file}": value}
@@ -60,7 +60,7 @@ def thermal(kind: str, file: str, values: dict[str, int]) -> dict[str, object]:
 
 
 def orin_nano(root: Path) -> Path:
-    """JetPack 6, Super: mode 2 is MAXN_SUPER."""
+    """Return an Orin Nano with JetPack 6, Super: mode 2 is MAXN_SUPER."""
     return write_tree(
         root,
         hwmon_ina3221("1-0040", 1, ORIN_NANO_RAILS)
@@ -85,7 +85,7 @@ def agx_orin(root: Path) -> Path:
 
 
 def thor(root: Path) -> Path:
-    """Power in microwatts on the INA238, which names no channel."""
+    """Return a Thor with power in microwatts on the INA238, which names no channel."""
     folder = f"{I2C}/ina238/2-0044/hwmon/hwmon6"
     return write_tree(
         root,
@@ -98,7 +98,7 @@ def thor(root: Path) -> Path:
 
 
 def x86(root: Path) -> Path:
-    """Two packages with DRAM of their own, psys, and the mmio zone that counts package 0 over again."""
+    """Return two packages with separate DRAM, psys, and the mmio zone that counts package 0 again."""
     powercap = "sys/class/powercap"
     files: dict[str, object] = {}
     for zone, name, microjoules, limit in (

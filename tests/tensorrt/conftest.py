@@ -1,4 +1,4 @@
-"""A machine with fakes of CUDA and of a TensorRT version, for every test of this folder that asks for one."""
+"""Fixtures with fakes of CUDA and of a TensorRT version."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.fakes.tensorrt import Behaviour, install_tensorrt
 
 
 def sent(record, kind):
-    """What a process reads of what another wrote."""
+    """Return data as another process would receive it."""
     return read_record(json.loads(json.dumps(write_record(record))), kind, "what was sent", "")
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that makes a GPU and how its TensorRT behaves; builds run in this process."""
+    """Return a function that makes a GPU and its TensorRT's behaviour; builds run in this process."""
 
     def make(version="10.3", behaviour=None, **device):
         gpu, behaviour = Gpu(**device), behaviour or Behaviour()

@@ -1,4 +1,4 @@
-"""TensorRT-RTX, where it is installed: it builds engines without a GPU."""
+"""TensorRT-RTX, if it is installed: it builds engines without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
 
 
 def rtx(bundle: Path, *capabilities: str, **options: Any) -> list[dict[str, Any]]:
-    """The engines that a build for these compute capabilities puts into a bundle, as its manifest lists them."""
+    """Build engines for these compute capabilities into a bundle; return their manifest entries."""
     built = build_engine(bundle, RTX, compute_capabilities=capabilities, **options)
     engines: list[dict[str, Any]] = write_record(built.engines)
     return engines

@@ -1,4 +1,4 @@
-"""Files that a sparse model is held against where an engine is built, made of its own."""
+"""Tests of the dense baseline that is derived from a sparse model when an engine is built."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exported(made: Any, batch: int | None) -> onnx.ModelProto:
 @pytest.mark.parametrize("batch", [2, None])
 @pytest.mark.parametrize("host", first(list(HOSTS), 2))
 def test_a_file_whose_tokens_merge_has_the_dense_model_inside(host: str, batch: int | None) -> None:
-    made = sparse(host, HOSTS[host](), SparsityConfig(keep=0.4, cells=2, channels=8, merge=(2,)))
+    made = sparse(host, HOSTS[host](), SparsityConfig(keep=0.4, background_tokens=2, channels=8, merge=(2,)))
     merged, size = exported(made, batch), made.img_size
     set_budget(made.model, dataclasses.replace(made.sparsity, keep=1.0, merge=()))
     dense, image = exported(made, batch), smooth_images(size, 2)
@@ -47,7 +47,7 @@ def test_a_file_whose_tokens_merge_has_the_dense_model_inside(host: str, batch: 
     got, wanted = file_runner(found)(image), file_runner(dense)(image)
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-    # Where one layer's pairs come from elsewhere there is none.
+    # There is no baseline if the pairs of one layer come from another node.
     place, node = next(pair for pair in enumerate(merged.graph.node) if pair[1].op_type == "MergeTokens")
     merged.graph.node.insert(place, onnx.helper.make_node("Identity", [node.input[2]], ["elsewhere"]))
     node.input[2] = "elsewhere"

@@ -1,6 +1,6 @@
-"""The fake, and kernels of a bundle as plugins, against TensorRT's real Python bindings of several versions.
+"""Tests of the fake, and of a bundle's kernels as plugins, with TensorRT's real Python bindings of several versions.
 
-Each is looked at in a process of its own, which runs this file: there they find stub libraries, never called.
+Each version runs this file in a separate process, with stub libraries that are never called.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ SYMBOLS = (
     "getPluginRegistry",
     "initLibNvInferPlugins",
 )
-"""What the bindings link: a stub that exports them is enough to import the module and to look at it."""
+"""Libraries that the bindings link: a stub with the exported names suffices to import and inspect the module."""
 
 
 def bindings(version: str, folder: Path) -> dict[str, str]:
-    """The environment in which a wheel of PyPI imports: CUDA 12's up to TensorRT 10, CUDA 13's from 11 on."""
+    """Return the environment to import a PyPI wheel: CUDA 12 up to TensorRT 10, CUDA 13 from 11 on."""
     major, python = version.partition(".")[0], f"{sys.version_info.major}.{sys.version_info.minor}"
     wheel = f"tensorrt-cu{12 if major == '10' else 13}-bindings=={version}"
     wanted = [wheel, "--no-deps", "--only-binary", ":all:", "--python-version", python]
@@ -70,7 +70,7 @@ def bindings(version: str, folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("graph", first([sparse_model, merging_graph]))
 @pytest.mark.parametrize("version", first(["10.9", "10.3", "11.4"], 2))
 def test_the_real_module_has_every_name_and_takes_the_plugins(tmp_path, version, graph):
-    """TensorRT's own decorators check names, types and return values; of 10.3 see test_plugin_v3.py."""
+    """TensorRT's own decorators check names, types and return values; for 10.3 see test_plugin_v3.py."""
     folder, model = tmp_path / "bundle", graph(dtype=np.float16)
     folder.mkdir()
     onnx.save(model, folder / "model.onnx")
@@ -105,7 +105,7 @@ ORIN = CudaDevice("Orin", "8.7", True, "12.6")
 
 
 def lacking(trt: Any) -> list[str]:
-    """Names of the fake that the real module has not."""
+    """Return the names of the fake that the real module lacks."""
     fake = vars(make_tensorrt(Gpu(), Behaviour()))
     members = [(name, member) for name, made in fake.items() for member in vars(made) if not member.startswith("_")]
     found = [f"{name}.{member}" for name, member in members if not hasattr(getattr(trt, name, None), member)]
@@ -113,7 +113,7 @@ def lacking(trt: Any) -> list[str]:
 
 
 def called(trt: Any, identifier: str, launch: CompiledLaunch) -> dict[str, Any]:
-    """What TensorRT's registry knows of a plugin, and what its functions give."""
+    """Return what TensorRT's registry holds of a plugin, and the results of its functions."""
     plugin = sys.modules["tensorrt.plugin"]
     definition = importlib.import_module("tensorrt_bindings.plugin._lib").QDP_REGISTRY[identifier]
     inputs = [plugin.from_shape_expr((1, *x.shape), trt.DataType.FLOAT) for x in launch.inputs.values()]
@@ -132,7 +132,7 @@ def called(trt: Any, identifier: str, launch: CompiledLaunch) -> dict[str, Any]:
 
 def result(folder: Path) -> dict[str, Any]:
     trt, creators = importlib.import_module("tensorrt_bindings"), list[Any]()
-    # Under the names that a whole installation gives it; the stub library has no registry.
+    # Under the names of a complete installation; the stub library has no registry.
     sys.modules["tensorrt"], trt.__name__ = trt, "tensorrt"
     registry = SimpleNamespace(
         register_creator=lambda creator, namespace: creators.append(creator), get_creator=lambda *_: creators[-1]

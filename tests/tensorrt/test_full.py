@@ -1,4 +1,4 @@
-"""Full TensorRT, on a fake of it: what a build is told, what a run gives, what goes wrong, what is given back."""
+"""Tests of full TensorRT with a fake: build settings, inference, failures and release of resources."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def image(batch=1, seed=5):
 
 @pytest.fixture
 def built(tiny, machine):
-    """A bundle with an engine, the GPU, and how its TensorRT behaves."""
+    """A bundle with an engine, the GPU, and the behaviour of its TensorRT."""
     gpu, behaviour = machine()
     build_engine(tiny, "tensorrt")
     behaviour.seen.clear()
@@ -102,9 +102,9 @@ def test_the_second_run_of_a_shape_is_a_graph(built):
             images = {"image": image(batch, seed)}
             wanted = reference.infer(images)["features"]
             np.testing.assert_allclose(session.infer(images)["features"], wanted, rtol=1e-5)
-            # Of another shape it is no longer valid.
+            # It is invalid for another shape.
             assert gpu.live().get("executable graph", 0) == (seed in (1, 2, 3, 6))
-    assert behaviour.seen["runs"] == 5  # the plain ones, and those that were recorded
+    assert behaviour.seen["runs"] == 5  # the plain ones and those captured in a graph
     assert gpu.calls["cudaGraphLaunch"] == 4
     assert gpu.live() == {}
 
@@ -119,7 +119,7 @@ def test_runs_go_on_where_a_recording_is_refused(built, machine, refuses):
         assert gpu.live().keys() == {"ICudaEngine", "IExecutionContext", "stream", "event", "host", "device"}
     for result in results[1:3]:
         np.testing.assert_array_equal(result, results[0])
-    assert gpu.calls["cudaStreamBeginCapture"] == 1  # not tried again, of another shape either
+    assert gpu.calls["cudaStreamBeginCapture"] == 1  # not tried again, for another shape neither
     assert gpu.live() == {}
 
 
@@ -132,7 +132,7 @@ def test_pycuda_runs_without_graphs_and_in_one_thread(tiny, machine, monkeypatch
         assert check_golden(session, open_bundle(tiny))
         assert session.compute_ms == 2.0
         assert "pycuda has no cudaStreamBeginCapture" in session.description.why_no_graph
-        with ThreadPoolExecutor(1) as pool, pytest.raises(BackendError, match="the thread alone that opened it"):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(BackendError, match="only in the thread that used it first"):
             pool.submit(session.infer, {"image": image()}).result()
     gpu.fail["cudaHostAlloc"] = "cudaErrorMemoryAllocation"
     with pytest.raises(BackendError, match=r"(?s)pycuda 2026.1.*end other programs on it"):
@@ -179,7 +179,7 @@ def test_closing_frees_all_even_when_one_step_fails(built):
     gpu.fail["cudaEventDestroy"] = "cudaErrorLaunchFailure"
     with pytest.raises(BackendError, match="to free an event"):
         session.close()
-    assert set(gpu.live()) == {"event"}  # which could not be given back; all else was
+    assert set(gpu.live()) == {"event"}  # which could not be released; everything else was
 
 
 @pytest.mark.parametrize("at", ["first", "graph"])
@@ -190,9 +190,9 @@ def test_a_lost_device_is_a_message_and_all_is_let_go(built, at):
         for _ in range(3):
             session.infer({"image": image()})
     gpu.fail["cudaGraphLaunch" if at == "graph" else "enqueue"] = "cudaErrorIllegalAddress"
-    with pytest.raises(BackendError, match="device is lost to this process: start it again"):
+    with pytest.raises(BackendError, match=r"This process lost the device\. Restart the process"):
         session.infer({"image": image()})
-    with pytest.raises(BackendError, match="lost to this process"):
+    with pytest.raises(BackendError, match="This process lost the device"):
         session.close()
     session.close()
 
@@ -235,7 +235,7 @@ def test_a_build_that_fails_is_translated_and_changes_nothing(tiny, machine, err
 
 
 def test_the_timing_cache_is_kept_by_device_and_version(tiny, tmp_path, machine, monkeypatch):
-    """What is damaged counts as none, and a disk that refuses costs no build."""
+    """A damaged cache is ignored, and a read-only disk does not fail the build."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     _, behaviour = machine()
     build_engine(tiny, "tensorrt")
@@ -260,7 +260,7 @@ def test_no_cuda_no_tensorrt_object(tiny, machine):
 
 
 def test_bisecting_names_the_first_layer_that_an_engine_has_otherwise(tmp_path, machine, monkeypatch, capsys):
-    """An engine whose third layer has other weights; and one that is right."""
+    """An engine with other weights in the third layer, and one that is right."""
     machine()
     folder = export_student(student(depth=4), tmp_path / "b", ExportOptions())
     monkeypatch.setattr(bisect, "start_child", lambda *_: contextlib.nullcontext(SimpleNamespace(ask=ask)))
@@ -271,7 +271,7 @@ def test_bisecting_names_the_first_layer_that_an_engine_has_otherwise(tmp_path, 
 
     before, line = snapshot(folder), ("build", folder, "--backend", "tensorrt", "--bisect")
     out = call(capsys, *line)
-    assert (out.code, out.out.splitlines()[-1]) == (0, "First beyond its tolerance: none"), out
+    assert (out.code, out.out.splitlines()[-1]) == (0, "First layer beyond its tolerance: none"), out
     right = TensorRt.compile
 
     def wrong(self, model, engine, bundle):
@@ -284,8 +284,8 @@ def test_bisecting_names_the_first_layer_that_an_engine_has_otherwise(tmp_path, 
     out = call(capsys, *line, "--json")
     layers = json.loads(out.out)["layers"]
     assert (out.code, [layer["beyond"] for layer in layers]) == (1, [False, False, True, True])
-    assert call(capsys, *line).out.splitlines()[-1] == "First beyond its tolerance: blocks.2"
+    assert call(capsys, *line).out.splitlines()[-1] == "First layer beyond its tolerance: blocks.2"
     assert snapshot(folder) == before
     line = ("build", folder, "--bisect", "--backend")
     assert_refused(call(capsys, *line, "onnxruntime"), "onnxruntime builds no engine")
-    assert_refused(call(capsys, *line, "tensorrt", "--kernels", "native"), "--kernels does not go with it")
+    assert_refused(call(capsys, *line, "tensorrt", "--kernels", "native"), "cannot be combined with --kernels")

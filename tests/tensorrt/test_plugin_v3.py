@@ -1,8 +1,9 @@
-"""Plugins in Python, on the real bindings of TensorRT: stand-ins, compiled here, for its library and for the driver's.
+"""Tests of Python plugins with the real TensorRT bindings and compiled stand-ins for TensorRT and the driver.
 
-`TENSORRT_INCLUDE` names the folders, by colons, of TensorRT's headers (NVIDIA/TensorRT, release/10.3, include/) and of
-CUDA's that they need (cuda_runtime_api.h, crt/). Each version is looked at in a process of its own: it runs this file.
-By hand, libraries found, of any bundle: `TRITON_INTERPRET=1 python -m tests.tensorrt.test_plugin_v3 BUNDLE IMAGE`.
+`TENSORRT_INCLUDE` lists, separated by colons, the folders of TensorRT's headers (NVIDIA/TensorRT, release/10.3,
+include/) and of the CUDA headers that they need (cuda_runtime_api.h, crt/). Each version runs this file in a separate
+process. To run it by hand for a bundle, with the libraries on the path: `TRITON_INTERPRET=1 python -m
+tests.tensorrt.test_plugin_v3 BUNDLE IMAGE`.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ LAUNCHED = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint * 5), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 )
 KINDS = {"float32": 0, "float16": 1, "int32": 3}
-"""By `nvinfer1::DataType`."""
+"""Numbers of `nvinfer1::DataType`."""
 
 
 def driver(folder: Path) -> Path:
-    """The stand-in for the driver's library, compiled."""
+    """The compiled stand-in for the driver's library."""
     path = folder / "libcuda.so.1"
     line = ["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", HERE / "stand_in" / "cuda.c", "-o", path]
     subprocess.run(line, check=True)
@@ -114,8 +115,9 @@ def test_code_is_loaded_and_launched_by_the_driver(cuda: Any) -> None:
 @pytest.mark.parametrize("graph", first([sparse_model, merging_graph]))
 @pytest.mark.parametrize("version", first(VERSIONS))
 def test_a_plugins_life_and_its_numbers_on_the_real_bindings(tmp_path: Path, version: str, graph: Any) -> None:
-    """Created, asked, written down, created again, attached and run, with each call of the driver failing once; the
-    launches are run by Triton's interpreter, in the memory that the plugin names.
+    """A plugin is created, queried, serialised, recreated, attached and run; each driver call fails once.
+
+    Triton's interpreter runs the launches in the memory that the plugin passes.
     """
     folder, model = tmp_path / "bundle", graph(dtype=np.float16)
     folder.mkdir()
@@ -152,7 +154,7 @@ class _Tensor(ctypes.Structure):
 
 
 def live(name: str, launch: CompiledLaunch, inputs: list[np.ndarray]) -> tuple[str | None, list[np.ndarray]]:
-    """The whole life of a plugin: the step that failed, and what it wrote."""
+    """Run a plugin's whole life; return the step that failed, and the outputs."""
     library = ctypes.CDLL("libnvinfer.so.10")
     library.stand_in_live.restype = ctypes.c_char_p
     batch = len(inputs[0])
@@ -160,7 +162,7 @@ def live(name: str, launch: CompiledLaunch, inputs: list[np.ndarray]) -> tuple[s
     tensors = (_Tensor * (len(inputs) + len(outputs)))()
     for tensor, array in zip(tensors, (*inputs, *outputs), strict=True):
         tensor.data = array.ctypes.data
-    for tensor, array in zip(tensors, inputs, strict=False):  # Of outputs the plugin says it.
+    for tensor, array in zip(tensors, inputs, strict=False):  # The plugin sets those of outputs.
         tensor.type, tensor.rank = KINDS[array.dtype.name], array.ndim
         tensor.sizes[: array.ndim] = array.shape
     failed = library.stand_in_live(NAMESPACE.encode(), name.encode(), tensors, len(inputs), len(outputs), 1)
@@ -171,7 +173,7 @@ def live(name: str, launch: CompiledLaunch, inputs: list[np.ndarray]) -> tuple[s
 
 
 def steps(folder: Path, model: onnx.ModelProto) -> Iterator[tuple[str, CompiledLaunch, Any]]:
-    """Each launch of a bundle's table, by name, and as it was planned."""
+    """Yield each launch of a bundle's table: name, entry and plan."""
     table, types = table_of(folder, 87), boards._tensor_types(model)
     assert table is not None
     nodes = [node for node in model.graph.node if node.name in table.nodes]
@@ -183,7 +185,7 @@ def steps(folder: Path, model: onnx.ModelProto) -> Iterator[tuple[str, CompiledL
 
 
 def interpreted(entry: CompiledLaunch, launch: Any, shapes: list[tuple[int, ...]]) -> Callable[..., None]:
-    """What runs a launch, in the memory that its parameters name; shapes: of its inputs, once they are known."""
+    """Return a function that runs a launch in the memory of its parameters; shapes: of its inputs, once known."""
     import torch
 
     from sparsifiner_edge.ops.triton.compile import kernel
@@ -205,8 +207,9 @@ def interpreted(entry: CompiledLaunch, launch: Any, shapes: list[tuple[int, ...]
 
 
 def main(folder: Path, picture: Path | None = None) -> dict[str, Any]:
-    """Register a bundle's plugins, fail at each call of the driver, and compare the model of launches with its own: on
-    a picture, or noise.
+    """Register a bundle's plugins, fail at each driver call, and compare the launches with the bundle's model.
+
+    The input is a picture or noise.
     """
     trt = sys.modules["tensorrt"] = importlib.import_module("tensorrt_bindings")
     for _ in range(2):  # A name is registered once.
@@ -249,7 +252,7 @@ def main(folder: Path, picture: Path | None = None) -> dict[str, Any]:
     got = variant.run(None, {"image": image})
     pairs = [(a.astype(np.float32), b.astype(np.float32)) for a, b in zip(got, wanted, strict=True)]
     difference = max(float(np.abs(a - b).max() / np.ptp(b)) for a, b in pairs)
-    least = min(float(cosine(a, b).mean()) for a, b in pairs)  # Of tokens the mean of all.
+    least = min(float(cosine(a, b).mean()) for a, b in pairs)  # For tokens, the mean over all of them.
     return {"version": trt.__version__, "failures": failures, "difference": difference, "cosine": least}
 
 

@@ -1,4 +1,4 @@
-"""TensorRT-RTX, for real: every kind of file builds without a GPU, and what it cannot take or run is named."""
+"""Tests of the real TensorRT-RTX: every kind of file builds without a GPU, and what it does not support is reported."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ SPARSITY = {
     "edge": TINY_CONFIG,
     "dense": SparsityConfig(keep=1),
     "paper": SparsityConfig.for_preset("paper", keep=0.25),
-    "pruned": SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((0, 0.7),)),
-    "merged": SparsityConfig(keep=0.2, cells=4, channels=8, merge=(12, 2)),
+    "pruned": SparsityConfig(keep=0.2, background_tokens=4, channels=8, token_keep=((0, 0.7),)),
+    "merged": SparsityConfig(keep=0.2, background_tokens=4, channels=8, merge=(12, 2)),
     "merged alone": SparsityConfig(keep=1, merge=(12, 2)),
 }
 
 
 @pytest.fixture
 def vit_bundle(once, tmp_path):
-    """(kind, precision, batch) -> a bundle of two layers of its own, exported once."""
+    """Maps (kind, precision, batch) to a bundle of two layers, exported once."""
 
     def copied(kind, precision, batch):
         made = once(f"rtx-{kind}-{precision}-{batch}", lambda folder: make_vit_bundle(folder, kind, precision, batch))
@@ -61,7 +61,7 @@ def vit_bundle(once, tmp_path):
 
 
 def make_vit_bundle(folder: Path, kind: str, precision: str, batch: int | None) -> None:
-    """As `export_bundle` makes it, without its checks."""
+    """Export like `export_bundle`, without its checks."""
     deployed = deploy(student(sparsity=SPARSITY[kind], depth=2))
     model = export_graph(deployed, 160, batch, deployed.output_names)
     if precision == "fp16":
@@ -122,7 +122,7 @@ def test_every_kind_of_file_builds(vit_bundle, kind, precision, batch, capabilit
 
 
 def compiled_kernels(engine: bytes) -> dict[str, int]:
-    """Kernels that an engine of TensorRT-RTX 1.7 launches, by their names in its file; and those of fused attention."""
+    """Return the kernel names in an engine file of TensorRT-RTX 1.7, and those of fused attention."""
     fused = engine.count(b"struct _gemm_mha_v2_callback {")
     return {"kernels": len(re.findall(rb"__myl_[A-Za-z]+(?![A-Za-z_])", engine)) + fused, "fused_attention": fused}
 
@@ -130,7 +130,7 @@ def compiled_kernels(engine: bytes) -> dict[str, int]:
 @pytest.mark.everything
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_merged_attention_is_fused_and_merging_takes_the_kernels_that_the_estimate_counts(vit_bundle, precision):
-    """Sizes of tokens are a bias of the scores, which must not cost an engine its fused attention."""
+    """Token sizes are a bias of the scores and must not prevent fused attention."""
     kernels = {}
     for name in ("dense", "merged alone"):
         bundle = vit_bundle(name, precision, 1)
@@ -167,12 +167,12 @@ def test_an_engine_is_refused_before_anything_deserialises_it(tiny: Path, monkey
         with pytest.raises(BackendError, match=r"No NVIDIA driver|no CUDA"):
             open_session(tiny, RTX)
         with pytest.raises(BackendError, match=r"No NVIDIA driver|no CUDA"):
-            build_engine(tiny, RTX)  # for which capability must be said
+            build_engine(tiny, RTX)  # the capability must be given
     install_cuda(monkeypatch, Gpu("NVIDIA L4", (8, 9), 24 << 30, False, 13000))
     with pytest.raises(BackendError, match=r"built for compute capability 8\.6, NVIDIA L4 has 8\.9") as caught:
         open_session(tiny, RTX)
     assert f"sparsifiner-edge build {tiny} --backend tensorrt-rtx --compute-capability 8.9" in caught.value.fix
-    with pytest.raises(BackendError, match="kernels are chosen when it is built, and kernels are native"):
+    with pytest.raises(BackendError, match=r"kernels is native, but an engine.s kernels are chosen when it is built"):
         open_session(tiny, RTX, kernels="native")
 
 
@@ -191,7 +191,7 @@ def test_a_truncated_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (engine,) = rtx(tiny, "8.6")
     path = tiny / engine["file"]
     path.write_bytes(path.read_bytes()[: 2 << 10])
-    reseal(tiny, engines=[engine])  # The GPU is made up, what refuses the file is TensorRT-RTX.
+    reseal(tiny, engines=[engine])  # The GPU is fake; TensorRT-RTX itself rejects the file.
     install_cuda(monkeypatch, Gpu("NVIDIA RTX A2000", (8, 6), 12 << 30, False, 13000))
     with pytest.raises(
         BackendError, match=r"(?s)fails to load an engine \(.*sm86.*built by another version or is damaged"
@@ -209,7 +209,7 @@ def test_a_truncated_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None
             r"cannot read the model: node sum \(Add\) in outer \(Both\): ",
         ),
         ("(float[b,h] x) => (float[b,h] y) { y = Neg (x) }", r"shape \[-1, -1\]: only the batch may be dynamic"),
-        ("", r"(?s)is of uint8.*--int8-target tensorrt"),  # int8 of the processor
+        ("", r"(?s)has uint8.*--int8-target tensorrt"),  # int8 for the CPU
     ],
 )
 def test_files_that_it_cannot_take_are_named(tiny: Path, text: str, said: str) -> None:
@@ -224,7 +224,7 @@ def test_files_that_it_cannot_take_are_named(tiny: Path, text: str, said: str) -
 
 @pytest.mark.everything
 def test_the_commands_of_the_documentation(tiny_student: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "nvidia.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     shutil.copytree(tiny_student, tmp_path / "student")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

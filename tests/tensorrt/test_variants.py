@@ -1,4 +1,4 @@
-"""Which kernels an engine takes is measured: variants are built, timed and gated, on a fake of TensorRT."""
+"""Tests that an engine's kernels are chosen by measurement: a fake TensorRT builds, times and checks variants."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPERATORS = {sparse_model: ("KeySelect", "SparseAttention"), merging_graph: ("Ma
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """(folder, graph, kernels, shared) -> a bundle of it, with kernels as export compiles them for a board."""
+    """Maps (folder, graph, kernels, shared) to a bundle with kernels as export compiles them for a board."""
     compiled = {}
 
     def make(folder, graph=sparse_model, kernels=True, shared=None):
@@ -71,7 +71,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def machine(machine):
-    """A machine where runs take so long as the operators in the model say."""
+    """A machine whose run times are determined by the operators in the model."""
 
     def make(version, graph=sparse_model, device=(), **values):
         behaviour = Behaviour(original=graph(dtype=np.float16).SerializeToString(), milliseconds=values)
@@ -84,7 +84,7 @@ ONE = (1, 1, 1)
 
 
 def details(folder, batch=ONE, **options):
-    """Of the engine that is built."""
+    """Return the details of the engine that is built."""
     return build_engine(folder, "tensorrt", batch=batch, **options).engines[0].details
 
 
@@ -125,7 +125,7 @@ def test_before_10_9_plugins_are_in_python_for_any_batch_and_shared_memory(tmp_p
     assert behaviour.seen["creators"] == creators
     monkeypatch.setattr(plugin_v3, "_registered", {})
     behaviour.seen["takes plugins"] = False
-    with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0 does not take the plugin \w+_[0-9a-f]+\.\n.*portable"):
+    with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0 rejects the plugin \w+_[0-9a-f]+\.\n.*portable"):
         open_session(folder, "tensorrt")
     assert gpu.live() == {}
 
@@ -137,7 +137,7 @@ def test_dense_is_kept_where_sparse_is_slower(tmp_path, bundle, machine):
     assert found.kernels == "dense"
     assert verdict(found)[-1] == "kept: dense, the fastest of those"
     cosine = found.chosen.golden["features"]["mean_cosine"]
-    assert 0.97 <= cosine < 0.99  # its answer is another, and not within the bundle's tolerance
+    assert 0.97 <= cosine < 0.99  # its answer differs by more than the bundle's tolerance
     assert found.chosen.golden["features"]["range_relative_error"] > found.chosen.golden["features"]["tolerance"]
     assert beyond_text(found.chosen.golden["features"]) == f" (dense attention: cosine {cosine:.4f})"
     with open_session(folder, "tensorrt") as session:
@@ -160,7 +160,7 @@ def test_the_choice_can_be_made_by_hand(tmp_path, bundle, machine):
     for kernels, kept in (("portable", "bodies"), ("native", "plugin")):
         found = details(folder, kernels=kernels)
         assert (found.kernels, set(found.variants), verdict(found)) == (kept, {kept}, [])
-        assert len(list((folder / "engines").iterdir())) == 1  # in the place of the one before
+        assert len(list((folder / "engines").iterdir())) == 1  # replaces the previous one
 
 
 CARD = {"name": "NVIDIA A2", "sm": (8, 7), "integrated": False}
@@ -186,7 +186,7 @@ def test_a_plugin_that_is_not_possible_says_why(tmp_path, bundle, machine, versi
 
 
 def test_a_dense_model_that_merges_takes_the_plugin_too(tmp_path, bundle, machine):
-    """There is no dense attention to compare with: it has that."""
+    """There is no dense attention to compare with: the model already has it."""
     machine("10.9", merging_graph, merge=1.0, MergeTokens=3.0)
     found = details(bundle(tmp_path / "plain", merging_graph, kernels=False))
     assert verdict(found)[1] == "plugin: not built: the bundle has no kernels for Orin; export it with --board"
@@ -194,15 +194,18 @@ def test_a_dense_model_that_merges_takes_the_plugin_too(tmp_path, bundle, machin
     found = details(folder)
     times = {name: entry.compute_ms for name, entry in found.variants.items()}
     assert times == {"bodies": 3.0, "plugin": 1.0, "unmerged": None}
-    assert found.variants["unmerged"].failed == "This file's merging is not as this package exports it."
+    assert found.variants["unmerged"].failed == "The file's merge layers are not in the form that this package exports."
     with pytest.raises(BackendError, match="no sparse attention, and no tokens merge"):
         build_engine(reseal(folder, ops=["sparsifiner::DenseAttention"]), "tensorrt", kernels="native")
 
 
 @pytest.mark.parametrize(("whole", "kept"), [(0.5, "unmerged"), (3.0, "plugin")])
 def test_a_student_is_held_against_the_dense_model_and_dense_layers(tmp_path, machine, whole, kept):
-    """Plugins, the same with dense attention where the table says so, dense attention alone, and nothing merged."""
-    sparsity, folder = SparsityConfig(keep=0.9, tile=64, cells=4, channels=8, merge=(8, 6, 0)), tmp_path / "b"
+    """Variants: plugins, plugins with dense attention by the table, dense attention only, no merging."""
+    sparsity, folder = (
+        SparsityConfig(keep=0.9, tile=64, background_tokens=4, channels=8, merge=(8, 6, 0)),
+        tmp_path / "b",
+    )
     options = ExportOptions(precision="fp16", boards=["jetson-orin-nano-8gb"])
     export_student(student(sparsity=sparsity, depth=3), folder, options)
     table = json.loads((folder / "kernels" / "sm87.json").read_text())
@@ -220,5 +223,5 @@ def test_a_student_is_held_against_the_dense_model_and_dense_layers(tmp_path, ma
     launches = {name.rpartition("::")[2].rpartition("_")[0] for name in behaviour.seen["register"]}
     assert {"select", "attend", "pairs", "merge"} < launches
     with open_session(folder, "tensorrt") as session:
-        assert session.description.kernels.startswith({"unmerged": "dense attention, and", "plugin": "CUDA"}[kept])
+        assert session.description.kernels.startswith({"unmerged": "dense attention, without", "plugin": "CUDA"}[kept])
         assert check_golden(session, open_bundle(folder))

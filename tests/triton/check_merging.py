@@ -1,4 +1,4 @@
-"""MatchTokens and MergeTokens in Triton's interpreter; see `check_interpreted.py`, beside which this file is run."""
+"""Checks of MatchTokens and MergeTokens in Triton's interpreter; run together with `check_interpreted.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def seeded() -> None:
 
 
 def same_pairs(case: Case, qkv: torch.Tensor, sizes: torch.Tensor) -> np.ndarray:
-    """Pairs of MatchTokens, which are the reference's to the last."""
+    """Return the pairs of MatchTokens after asserting that they equal the reference's."""
     given = {"qkv": qkv.half(), "sizes": sizes}
     got = run(case, given)
     hold(case, given, got, "float32")
@@ -58,7 +58,7 @@ def test_merging_at_every_element_type_and_head_dimension(width: int, dtype: str
 
 
 def one_hot() -> torch.Tensor:
-    """qkv [2,71,12] whose keys are of length 1 along an axis: how alike they are is exact, and ties are many."""
+    """Return qkv [2,71,12] with keys of length 1 along an axis: similarities are exact, and many are tied."""
     keys = torch.eye(4)[torch.randint(0, 4, (2, 71))] * (1 - 2 * torch.randint(0, 2, (2, 71, 1)))
     return torch.cat([torch.zeros_like(keys), keys, torch.zeros_like(keys)], -1)
 
@@ -67,7 +67,7 @@ def one_hot() -> torch.Tensor:
 @pytest.mark.parametrize("choice", [[1.0], [1.0, 4.0], [0.0, 1.0]], ids=str)
 @pytest.mark.parametrize("merged", [1, 35])
 def test_matching_gives_ties_to_the_lower_index(merged: int, choice: list[float]) -> None:
-    """Sizes of 0 give -0, which is no less than 0, and NaN."""
+    """Sizes of 0 give -0, which is not less than 0, and NaN."""
     case = case_of("MatchTokens", 70, batch=2, merged=merged)
     sizes = torch.tensor(choice)[torch.randint(0, len(choice), (2, 71))]
     same_pairs(case, one_hot(), sizes)
@@ -78,7 +78,7 @@ def test_matching_gives_ties_to_the_lower_index(merged: int, choice: list[float]
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 def test_matching_takes_what_is_no_number(value: float) -> None:
-    """A key of no length is like nothing: NaN counts as less than any number does."""
+    """A key of zero length is similar to none: NaN counts as less than any number."""
     case = case_of("MatchTokens", 40, num_prefix=1, merged=18)
     qkv, sizes = tensors(case).values()
     width = qkv.shape[-1] // 3
@@ -91,7 +91,7 @@ def test_matching_takes_what_is_no_number(value: float) -> None:
 
 @pytest.mark.parametrize("case", [case_of("MatchTokens", 45, batch=2, merged=22), case_of("MergeTokens", 45, batch=2)])
 def test_merging_stays_within_its_tensors(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scratch is NaN before it is written, programs run in a random order, and wild pairs are brought into range."""
+    """Scratch memory is NaN before it is written, programs run in random order, and invalid pairs are clamped."""
     given = tensors(case, 24)
     make = schedule_match if case.op.name == "MatchTokens" else schedule_merge
     schedule = make([x.shape for x in given.values()], case.attributes, "float16")
@@ -136,7 +136,7 @@ def test_a_merge_launches_kernels_and_has_the_gradient_of_torch(monkeypatch: pyt
 
 
 def test_sizes_and_places_go_on_in_the_launches_that_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two layers that follow each other, in a random order of programs; wild places are brought into range."""
+    """Two consecutive layers with programs in random order; invalid places are clamped."""
     shuffled(monkeypatch)
     attributes = {"num_heads": 2, "num_prefix": 1, "window": 16, "merged": 7}
     merging, tokens = (

@@ -1,4 +1,4 @@
-"""What checks in Triton's interpreter share: programs in random order, tensors with guards around them."""
+"""Helpers for checks in Triton's interpreter: programs in random order, tensors with guards around them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GUARD = 512
 
 
 def shuffled(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], np.ndarray]:
-    """From now on programs of a launch run in a random order; the orders by grid."""
+    """Run the programs of each launch in random order from now on; return the orders by grid."""
     place = interpreter.InterpreterBuilder.set_grid_idx
     orders: dict[tuple[int, ...], np.ndarray] = {}
 
     def elsewhere(self: Any, x: int, y: int, z: int) -> None:
-        """The program that is to run is another one of its launch."""
+        """Run another program of the same launch."""
         grid = tuple(self.grid_dim)
         if (x, y, z) == (0, 0, 0):
             orders[grid] = np.random.default_rng(len(orders)).permutation(int(np.prod(grid)))
@@ -33,7 +33,7 @@ def shuffled(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], np.ndarra
 
 
 def launched(schedule: Schedule, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Run a schedule, every buffer of it inside a larger one of NaN (or a large number), which stays as it was."""
+    """Run a schedule with each buffer inside a larger one of NaN (or a large number), which must not change."""
     inside, guards = {}, []
     for name, buffer in schedule.buffers.items():
         dtype = getattr(torch, buffer.dtype)

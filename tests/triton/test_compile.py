@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, with no GPU: every generation, no spills, what a launcher is told."""
+"""Tests of ahead-of-time kernel compilation without a GPU: every generation, spills, launch parameters."""
 
 from __future__ import annotations
 
@@ -26,9 +26,13 @@ LAYERS: list[tuple[int, dict[str, Any]]] = [
     (90, {"dtype": "bfloat16", "tile": 64}),
     (87, {"tile": 128}),
     (89, {"dtype": "bfloat16", "width": 32}),
-    *((sm, {"tile": 64, **x}) for sm in (87, 90) for x in ({"prefix": 0}, {"merged": True}, {"batch": 8, "probe": 16})),
+    *(
+        (sm, {"tile": 64, **x})
+        for sm in (87, 90)
+        for x in ({"prefix": 0}, {"merged": True}, {"batch": 8, "query_pool": 16})
+    ),
 ]
-"""Capability, and what differs: without prefix, over merged tokens, with many tiles to a program."""
+"""Capability and changes: without prefix, over merged tokens, with many tiles per program."""
 
 
 MATCH = {"num_heads": 6, "num_prefix": 1, "window": 16, "merged": 160}
@@ -40,17 +44,17 @@ def _compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layer(dtype: str = "float16", width: int = 64, tile: int = 16, **changes: Any) -> Schedule:
-    """A layer over 1024 patches; `merged`, `batch` and `prefix` are changes beside those of its attributes."""
-    settings = {"prefix": 1, "merged": False, "batch": 1, "probe": 8, **changes}
-    cell = settings.pop("cell", 41)
+    """Return a layer over 1024 patches; `merged`, `batch` and `prefix` are changes besides its attributes."""
+    settings = {"prefix": 1, "merged": False, "batch": 1, "query_pool": 8, **changes}
+    key_pool = settings.pop("key_pool", 41)
     qkv = (settings["batch"], PATCHES + settings["prefix"], 3 * HEADS * width)
     a: dict[str, Any] = {
         "num_heads": HEADS,
         "num_prefix": settings["prefix"],
         "tile": tile,
-        "cell": cell,
+        "key_pool": key_pool,
         "scale": width**-0.5,
-        "probe": settings["probe"],
+        "query_pool": settings["query_pool"],
         "keys": KEYS,
         "value_power": 2.0,
     }
@@ -60,7 +64,7 @@ def layer(dtype: str = "float16", width: int = 64, tile: int = 16, **changes: An
 
 
 def fits(made: Compiled) -> None:
-    """Assembled for its GPU, without spills, and small enough for TensorRT's plugins."""
+    """Assert that it assembles for its GPU without spills, and is small enough for TensorRT's plugins."""
     assert made.cubin[:4] == b"\x7fELF"
     assert re.search(rf"^\.target sm_{made.capability}a?\b", made.ptx, re.MULTILINE)
     registers, spilled = resources(made)
@@ -99,18 +103,18 @@ def test_merging_compiles(capability: int, dtype: str, width: int, patches: int)
 
 
 PTXAS = Path(sys.prefix) / "cuda-12.6" / "nvidia" / "cuda_nvcc" / "bin" / "ptxas"
-"""CUDA 12.6's: what JetPack 6's driver assembles with."""
+"""The assembler of CUDA 12.6, which JetPack 6's driver uses."""
 
 
 @pytest.mark.everything
 @pytest.mark.skipif(not PTXAS.is_file(), reason=f"CUDA 12.6's assembler is not installed: {PTXAS}")
-@pytest.mark.parametrize(("changes", "most"), [({}, 0), ({"cell": 34}, 36), ({"merged": True}, 0)], ids=str)
+@pytest.mark.parametrize(("changes", "most"), [({}, 0), ({"key_pool": 34}, 36), ({"merged": True}, 0)], ids=str)
 def test_jetpack_6_assembles_without_spills_but_where_cells_are_most(changes: dict[str, Any], most: int) -> None:
-    """With 31 cells and the class token `attend` has no register left; what it spills is a few of a thread."""
+    """With 31 background tokens and the class token, `attend` has no free register and spills a few."""
     merging = schedule_merging([(1, 1370, 1152), (1, 1370), (1, 1370, 384), (1, 1369)], MATCH, "float16")
     for schedule in (layer(tile=64, **changes), *([merging] if changes.get("merged") else [])):
         for made in compile_schedule(schedule, 87, 85):
-            PTXAS.chmod(0o755)  # As it is in a wheel that was unpacked into a folder.
+            PTXAS.chmod(0o755)  # As in a wheel that was unpacked into a folder.
             registers, spilled = resources(made, PTXAS)
             assert 0 < registers <= 255
             assert spilled <= (most if made.launch.kernel == "attend" else 0), (made.launch.kernel, registers, spilled)

@@ -1,4 +1,4 @@
-"""Which kernels run an operator, without a GPU: the reasons against them, limits, and life without Triton."""
+"""Tests of kernel selection without a GPU: the reasons against a kernel, limits, and operation without Triton."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ PROJECTIONS = [(1, 8, 4)] * 2
         ("SparseAttention", [QKV, SIZES, (1, 1, 3, 5)], {}, "together with the KeySelect"),
         ("KeySelect", [(1, 41, 25), SIZES, *PROJECTIONS], {}, "not a multiple"),
         ("KeySelect", [(1, 41, 3 * 72), SIZES, *[(1, 72, 4)] * 2], {}, "head dimension 72 exceeds 64"),
-        ("KeySelect", [(1, 16386, 24), (1, 16386), *PROJECTIONS], {"cell": 999}, "patches 16385 exceeds"),
+        ("KeySelect", [(1, 16386, 24), (1, 16386), *PROJECTIONS], {"key_pool": 999}, "patches 16385 exceeds"),
         ("KeySelect", [(1, 41, 3 * 64), SIZES, *[(1, 64, 65)] * 2], {}, "channels 65 exceeds 64"),
-        ("KeySelect", [QKV, SIZES, *PROJECTIONS], {"cell": 0}, "lists without cells"),
-        ("KeySelect", [(1, 65, 24), (1, 65), *PROJECTIONS], {"cell": 2}, "32 cells and 1 prefix tokens exceed 32"),
+        ("KeySelect", [QKV, SIZES, *PROJECTIONS], {"key_pool": 0}, "key_pool 0 (no background tokens)"),
+        (
+            "KeySelect",
+            [(1, 65, 24), (1, 65), *PROJECTIONS],
+            {"key_pool": 2},
+            "32 background tokens and 1 prefix tokens exceed the limit of 32",
+        ),
         ("KeySelect", [(70000, 41, 24), (70000, 41), *PROJECTIONS], {}, "batch 70000"),
         ("MatchTokens", [(1, 16386, 24), (1, 16386)], {}, "patches 16385 exceeds"),
         ("MatchTokens", [(1, 41, 3 * 136), SIZES], {}, "head dimension 136 exceeds 128"),
@@ -53,7 +58,7 @@ def test_torch_runs_without_triton() -> None:
     script = (
         "import sys\nsys.modules['triton'] = None\nimport torch\nfrom sparsifiner_edge.ops import torch as ops\n"
         "out = ops.sparse_attention(torch.ones(1, 5, 24), torch.zeros(1, 1, 1, 1, dtype=torch.int32), num_heads=1,"
-        " num_prefix=1, tile=4, cell=2, scale=1.0)\nassert out.shape == (1, 5, 8)\n"
+        " num_prefix=1, tile=4, key_pool=2, scale=1.0)\nassert out.shape == (1, 5, 8)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

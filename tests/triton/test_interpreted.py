@@ -1,4 +1,4 @@
-"""Runs `check_interpreted.py` and `check_merging.py` where Triton interprets, which it decides when it is imported."""
+"""Runs `check_interpreted.py` and `check_merging.py` with Triton's interpreter, which must be set before import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the extra `triton` is not installed")
 ROOT = Path(__file__).parent.parent.parent
 CHECKS = [str(Path(__file__).with_name(f"check_{name}.py")) for name in ("interpreted", "merging")]
 EACH = "that_run or (agrees_at_every and 64) or ties_go or taken_again or wild or stays_within or (at_every and 24)"
-"""Some ten cases: each operator, and what is special in it."""
+"""Some ten cases: each operator and its special cases."""
 
 
 @pytest.mark.long

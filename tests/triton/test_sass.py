@@ -1,5 +1,6 @@
-"""What the machine code of kernels shows that their interpreter cannot: threads of a block that write and read the same
-global memory meet at a barrier in between.
+"""Tests of properties that only the machine code of kernels shows.
+
+Threads of a block that write and read the same global memory meet at a barrier in between.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.everything import first
 from tests.triton.test_compile import layer
 
 KINDS = {"STG": "store", "LDG": "load", "BAR": "barrier"}
-"""Of instructions, by the beginning of their names. What fetches inputs into shared memory (LDGSTS) is none of them."""
+"""Instruction-name prefixes. Loads of inputs into shared memory (LDGSTS) are excluded."""
 
 
 MOST_CLOCKS = {
@@ -32,11 +33,11 @@ MOST_CLOCKS = {
     ("select", 120): 300,
     ("attend", 120): 1180,
 }
-"""Of the longest loop that multiplies matrices, as compiled when this was written and a twentieth more."""
+"""Limits for the longest matrix-multiplying loop: the compiled value at the time of writing plus a twentieth."""
 
 
 def disassembled(made: Compiled, folder: Path, *options: str) -> list[str]:
-    """Lines of machine code."""
+    """Return the lines of machine code."""
     import triton.backends.nvidia
 
     (folder / "code.cubin").write_bytes(made.cubin)
@@ -46,8 +47,10 @@ def disassembled(made: Compiled, folder: Path, *options: str) -> list[str]:
 
 
 def loops(lines: list[str]) -> list[tuple[list[str], int]]:
-    """Instructions of each loop, and the clocks that the assembler has a warp wait between them, which stand in the
-    control bits of every instruction (bits 105 to 108): a floor, for what waits for memory comes on top.
+    """Return the instructions of each loop and the clocks that a warp waits between them.
+
+    The clocks are in the control bits of every instruction (bits 105 to 108). They are a lower bound: waits for memory
+    come on top.
     """
     code: list[tuple[str, int]] = []
     labels, text = dict[str, int](), ""
@@ -65,7 +68,7 @@ def loops(lines: list[str]) -> list[tuple[list[str], int]]:
 
 
 def accesses(made: Compiled, folder: Path) -> list[str]:
-    """Stores, loads and barriers in the order of the code, without repetitions."""
+    """Return stores, loads and barriers in the order of the code, without repetitions."""
     found = []
     for line in disassembled(made, folder):
         _, _, text = line.partition("*/")
@@ -77,7 +80,7 @@ def accesses(made: Compiled, folder: Path) -> list[str]:
 
 
 def matching() -> Schedule:
-    """Of an image of 518 px."""
+    """Return MatchTokens for an image of 518 px."""
     a: dict[str, Any] = {"num_heads": 6, "num_prefix": 1, "window": 16, "merged": 160}
     return schedule_merging([(1, 1370, 3 * 6 * 64), (1, 1370), (1, 1370, 384), (1, 1369)], a, "float16")
 
@@ -96,8 +99,9 @@ def test_what_threads_of_a_block_share_is_behind_a_barrier(
     stores: int | None,
     capability: int,
 ) -> None:
-    """`pairs` reads again which tokens are chosen and free, and its pairs; `select` its scores. Behind the last barrier
-    neither reads what it wrote.
+    """`pairs` and `select` read back global memory that they wrote, but not after the last barrier.
+
+    `pairs` reads which tokens are chosen and free, and its pairs; `select` reads its scores.
     """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     launch = next(each for each in schedule.launches if each.kernel == kernel)

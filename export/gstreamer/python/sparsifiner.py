@@ -1,9 +1,9 @@
 """GStreamer element `sparsifiner`: runs a bundle on every frame that passes.
 
-GStreamer's Python loader finds this file as GST_PLUGIN_PATH/python/sparsifiner.py. Frames pass unchanged. The answer is
-posted on the bus, as a message of the element with the structure `sparsifiner`: `pts`, `infer-ms`, and `answer`, the
-JSON that `sparsifiner-edge run` writes of a frame. Where GStreamer has GstAnalytics (1.24), a classifier's is attached
-as classification metadata too, best first.
+GStreamer's Python loader finds this file as GST_PLUGIN_PATH/python/sparsifiner.py. Frames pass unchanged. Each answer
+is posted on the bus as an element message with the structure `sparsifiner`. Its fields are `pts`, `infer-ms`, and
+`answer`, the JSON that `sparsifiner-edge run` writes for a frame. If GStreamer has GstAnalytics (1.24), a
+classifier's answer is also attached as classification metadata, the most probable class first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _CAPS = Gst.Caps.from_string("video/x-raw,format=RGB")
 
 
 class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
-    """See above. The bundle is opened when the pipeline starts; what is wrong with it becomes the pipeline's error."""
+    """Element that runs a bundle.
+
+    The bundle is opened when the pipeline starts. A failure to open it is reported as an error of the pipeline.
+    """
 
     __gtype_name__ = "GstSparsifiner"
     __gstmetadata__ = ("Sparsifiner", "Filter/Analyzer/Video", "Runs a bundle of sparsifiner-edge", "sparsifiner-edge")
@@ -39,7 +42,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
     )
 
     bundle = GObject.Property(type=str, default="", nick="Bundle", blurb="Folder of the bundle")
-    public_key = GObject.Property(type=str, default="", nick="Public key", blurb="That must have signed the bundle")
+    public_key = GObject.Property(type=str, default="", nick="Public key", blurb="Key that must have signed it")
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,38 +57,38 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
 
             self._model = Model(Path(self.bundle), public_key=Path(self.public_key) if self.public_key else None)
             self._model.follow()
-        except Exception as error:  # Whatever it is, the pipeline must hear of it.
+        except Exception as error:  # Report every failure to the pipeline.
             return self._fail(f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else str(error))
         return True
 
     def do_stop(self) -> bool:
-        """Close it."""
+        """Close the bundle."""
         if self._model is not None:
             self._model.session.close()
             self._model = None
         return True
 
     def do_set_caps(self, caps: Any, _out: Any) -> bool:
-        """Remember the size of the frames."""
+        """Store the format of the frames."""
         self._info = GstVideo.VideoInfo.new_from_caps(caps)
         return self._info is not None
 
     def do_transform_ip(self, buffer: Any) -> Any:
-        """One frame."""
+        """Run the model on one frame and post the answer."""
         try:
             image = self._image(buffer)
             begun = time.monotonic()
             outputs, _ = self._model.infer_frame(image, follows=not buffer.has_flags(Gst.BufferFlags.DISCONT))
             elapsed_ms = (time.monotonic() - begun) * 1e3
             fitting = self._model.framing.of(self._info.width, self._info.height)
-            self._tell(buffer, self._model.frame_answer(outputs, fitting), elapsed_ms)
-        except Exception as error:  # It would vanish in the binding.
+            self._post(buffer, self._model.frame_answer(outputs, fitting), elapsed_ms)
+        except Exception as error:  # The Python binding would discard the exception.
             self._fail(str(error))
             return Gst.FlowReturn.ERROR
         return Gst.FlowReturn.OK
 
     def _image(self, buffer: Any) -> Any:
-        """The frame as the model takes it, uint8 [H,W,3]."""
+        """Return the frame as input of the model, uint8 RGB [H,W,3]."""
         import numpy as np
         from PIL import Image
 
@@ -103,7 +106,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         finally:
             buffer.unmap(mapped)
 
-    def _tell(self, buffer: Any, answer: Any, elapsed_ms: float) -> None:
+    def _post(self, buffer: Any, answer: Any, elapsed_ms: float) -> None:
+        """Post the answer on the bus, and attach a classifier's classes to the frame."""
         from sparsifiner_edge.records import write_record
         from sparsifiner_edge.text import dump_json, finite
 
@@ -119,6 +123,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         self.post_message(Gst.Message.new_element(self, structure))
 
     def _fail(self, text: str) -> bool:
+        """Post an error of the pipeline; return False."""
         error = GLib.Error.new_literal(Gst.LibraryError.quark(), text, Gst.LibraryError.SETTINGS)
         self.post_message(Gst.Message.new_error(self, error, f"bundle={self.bundle}"))
         return False

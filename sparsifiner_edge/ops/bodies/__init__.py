@@ -1,8 +1,9 @@
-"""ONNX function bodies: the operators in standard operators, so that any runtime can run an exported file.
+"""ONNX function bodies: decompositions into standard operators, so that every runtime can run an exported model.
 
-A body takes every size from `Shape`, gathers rows of a flattened [B H P, d] and holds no mask, no scatter that adds and
-no cumulative sum. A file holds one body per operator, so structure that attributes decide (prefix or none, cells or
-none), and whether tokens were merged, is fixed per file by `Structure`; every number stays an attribute of the node.
+A body reads all sizes from `Shape` and gathers rows of a flattened [B H P, d] tensor. It contains no mask, no adding
+scatter and no cumulative sum. A model has one body per operator. Its structure is therefore fixed per model by
+`Structure`: with or without prefix tokens, background tokens and merged tokens. All numbers stay attributes of the
+nodes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from sparsifiner_edge.ops.graph import drop_unread
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
 
 OPSET = 20
+"""Version of the standard operator set in the bodies."""
 INPUT_PREFIX = "body_input_"
-"""Of a body's inputs, and of no tensor outside: TensorRT 10.1 to 10.7 binds an input wrongly whose name the graph has
-for another tensor.
+"""Prefix of the input names of a body, which no tensor outside has.
+
+TensorRT 10.1 to 10.7 binds an input incorrectly if the graph has another tensor of the same name.
 """
 _CALL = re.compile(r"[A-Z]\w* (?:<[^<>]*> )?\([^()]*\)")
-"""An operator with nothing but names and attributes in it."""
+"""Pattern of an operator call without nested calls."""
 _BODIES: dict[str, Callable[[Structure], str]] = {
     "KeySelect": select.key_select,
     "LandmarkKeySelect": select.landmark_key_select,
@@ -34,13 +37,18 @@ _BODIES: dict[str, Callable[[Structure], str]] = {
     "MatchTokens": merge.match_tokens,
     "MergeTokens": merge.merge_tokens,
 }
+"""Functions that return the lines of a body, by operator name."""
 
 
 def function_body(name: str, structure: Structure | None = None) -> onnx.FunctionProto:
-    """The function that a model file carries for operator `name`, in opset 20 operators.
+    """Return the ONNX function of an operator, as a decomposition into operators of opset 20.
+
+    Args:
+        name: Name of the operator.
+        structure: Structure of the model; None stands for the most general one.
 
     Raises:
-        KeyError: no such operator.
+        KeyError: There is no such operator.
     """
     op, structure = OPERATORS[name], structure or Structure()
     lines = _flat(CONSTANTS + _BODIES[name](structure))
@@ -52,16 +60,17 @@ def function_body(name: str, structure: Structure | None = None) -> onnx.Functio
     )
     function = onnx.parser.parse_function(text)
     function.doc_string = f"{DOMAIN}::{name} version {VERSION}. {op.doc}"
-    drop_unread(function.node, function.output)  # so that shared preludes cost nothing
+    drop_unread(function.node, function.output)  # removes unused lines of the shared parts
     _prefix_inputs(function)
-    # ONNX Runtime 1.21 names fused nodes after the first of them and refuses a file in which two have one name.
+    # ONNX Runtime 1.21 names a fused node after its first node and rejects models with duplicate names, so every node
+    # gets a unique one.
     for node in function.node:
         node.name = f"{name}/{node.output[0]}"
     return function
 
 
 def _flat(text: str) -> str:
-    """Bodies are written with calls within calls; of the text of a function each is a line of its own."""
+    """Flatten nested calls: ONNX function text allows one call per line, but bodies are written with nested calls."""
     lines: list[str] = []
     for line in filter(str.strip, text.splitlines()):
         target, _, call = line.partition(" = ")
@@ -74,7 +83,7 @@ def _flat(text: str) -> str:
 
 
 def _prefix_inputs(function: onnx.FunctionProto) -> None:
-    """Put `INPUT_PREFIX` before the inputs' names, which the text has as the schema does."""
+    """Add `INPUT_PREFIX` to the names of the inputs, which are those of the schema in the text."""
     renamed = {name: f"{INPUT_PREFIX}{name}" for name in function.input}
     function.input[:] = renamed.values()
     for node in function.node:

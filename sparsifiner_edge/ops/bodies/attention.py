@@ -1,4 +1,4 @@
-"""Bodies of SparseAttention, DenseAttention and CachedAttention."""
+"""Function bodies of SparseAttention, DenseAttention and CachedAttention."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from sparsifiner_edge.ops.bodies.common import SPLIT, Structure, attribute, mean
 
 
 def sparse_attention(structure: Structure) -> str:
-    """Lines of SparseAttention; see the schema."""
-    merged, ints = structure.merged, "".join(attribute(a) for a in ("num_heads", "num_prefix", "tile", "cell"))
+    """Return the lines of SparseAttention; the schema defines it."""
+    merged, ints = structure.merged, "".join(attribute(a) for a in ("num_heads", "num_prefix", "tile", "key_pool"))
     shared = structure.prefix and structure.prefix_keys
     first = "a_num_prefix" if shared else "c0"
     rows = "Concat <axis = 2> (prefix_out, patch_out)" if structure.prefix else "Identity (patch_out)"
@@ -21,8 +21,8 @@ def sparse_attention(structure: Structure) -> str:
         v_patch = Slice (v, {first}, c_end, c2)
         patches = Shape <start = 2, end = 3> (k_patch){runs("q_patch", "a_tile", "queries", "tile")}""",
         _SELECTED + (_listed_sizes(first) if merged else _LISTED),
-        _cells(merged) if structure.cells else "",
-        _attend(shared, structure.cells),
+        _pools(merged) if structure.background_tokens else "",
+        _attend(shared, structure.background_tokens),
         _prefix_rows(merged) if structure.prefix else "",
         f"""
         out_rows = {rows}{_OUTPUT}""",
@@ -50,7 +50,7 @@ _LISTED = """
 
 
 def _listed_sizes(first: str) -> str:
-    """Sizes of the listed keys: `listed_sizes` [B,H,T,K], and their logits raised by them."""
+    """Return lines for the sizes of the listed keys, `listed_sizes` [B,H,T,K], and add their logs to the logits."""
     return f"""
         sizes_patch = Slice (sizes, {first}, c_end, c1)
         sizes_rows = Reshape (sizes_patch, Constant <value_ints: ints = [0, 1, -1, 1]> ())
@@ -59,16 +59,19 @@ def _listed_sizes(first: str) -> str:
         listed_biased = Add (listed_logits, Log (Unsqueeze (listed_sizes, c3)))"""
 
 
-def _cells(merged: bool) -> str:
-    """Means of the cells, and of each tile what is left of them: `rest`, `safe`, `has_rest` [B,H,T,1,R]."""
-    means = sized_mean("kc", "a_cell") + _VALUES_SIZED if merged else mean("kc") + _VALUES
+def _pools(merged: bool) -> str:
+    """Return lines for the mean of each key pool, and the size of what each tile left unselected in it.
+
+    The latter is `rest` [B,H,T,1,R]. `safe` is the same with 1 where nothing is left, and `has_rest` is its mask.
+    """
+    means = sized_mean("kc", "a_key_pool") + _VALUES_SIZED if merged else mean("kc") + _VALUES
     return f"""
-        k_single = Cast <to = 1> (k_patch){runs("k_single", "a_cell", "patches", "kc")}
+        k_single = Cast <to = 1> (k_patch){runs("k_single", "a_key_pool", "patches", "kc")}
         vc_runs = Reshape (Pad (Cast <to = 1> (v_patch), kc_pads), kc_shape)
-        cell_counts = Squeeze (kc_size, c1)
-        is_member = Cast <to = 1> (Equal (Unsqueeze (Div (lists, a_cell), c4), kc_range))
+        pool_counts = Squeeze (kc_size, c1)
+        is_member = Cast <to = 1> (Equal (Unsqueeze (Div (lists, a_key_pool), c4), kc_range))
         selected_counts = Unsqueeze (ReduceSum <keepdims = 0> (is_member, c3), c3)
-        left_counts = Sub (cell_counts, selected_counts)
+        left_counts = Sub (pool_counts, selected_counts)
         has_rest = Greater (left_counts, f0){means}
         safe = Where (has_rest, rest, f1)
         selected_logits = MatMul (listed_logits, member)"""
@@ -76,32 +79,37 @@ def _cells(merged: bool) -> str:
 
 _VALUES_SIZED = """
         vc_mean = Div (ReduceSum <keepdims = 0> (Mul (vc_runs, kc_sizes), c3), kc_total)
-        cell_sizes = Reshape (kc_total, Constant <value_ints: ints = [0, 1, 1, 1, -1]> ())
+        pool_sizes = Reshape (kc_total, Constant <value_ints: ints = [0, 1, 1, 1, -1]> ())
         member = Mul (is_member, Unsqueeze (listed_sizes, c4))
         selected = Unsqueeze (ReduceSum <keepdims = 0> (member, c3), c3)
-        rest = Sub (cell_sizes, selected)"""
+        rest = Sub (pool_sizes, selected)"""
 _VALUES = """
         vc_mean = Div (ReduceSum <keepdims = 0> (vc_runs, c3), kc_size)
-        cell_sizes = Identity (cell_counts)
+        pool_sizes = Identity (pool_counts)
         member = Identity (is_member)
         selected = Identity (selected_counts)
         rest = Identity (left_counts)"""
 
 
-def _attend(prefix: bool, cells: bool) -> str:
-    """Attention over what all tiles share (prefix, cells) and over each tile's list -> `patch_out` [B,H,P,d]. Keys and
-    values of prefix and cells are `k_shared` and `v_shared` [B,H,S,d].
+def _attend(prefix: bool, background_tokens: bool) -> str:
+    """Return lines for the attention of the patch queries: `patch_out` [B,H,P,d].
 
-    Logits and weights are of prefix, cells and list, in this order. Those of cells are moved to the mean of what is not
-    selected, and what a cell gives to its mean is taken from its selected keys again.
+    The keys and values that all tiles share (prefix tokens and pool means) are `k_shared` and `v_shared` [B,H,S,d].
+    Logits and weights are in the order prefix tokens, background tokens, key list. The logits of the background tokens
+    are corrected from the mean of the pool to the mean of its unselected keys. For the values, the same correction is
+    subtracted from the weights of the selected keys.
     """
-    if not prefix and not cells:
+    if not prefix and not background_tokens:
         return f"""
         tiles_out = MatMul (CastLike (Softmax <axis = -1> (listed_biased), qkv), v_listed){_CROP}"""
-    keys = ["Slice (k, c0, a_num_prefix, c2)"] * prefix + ["CastLike (kc_mean, qkv)"] * cells
-    values = ["Slice (v, c0, a_num_prefix, c2)"] * prefix + ["CastLike (vc_mean, qkv)"] * cells
-    logits = ["Slice (shared_logits, c0, a_num_prefix, c4)"] * prefix + ["cell_logits"] if cells else ["shared_logits"]
-    weights = ["Slice (weights, c0, a_num_prefix, c4)"] * prefix + ["Mul (cell_share, cell_sizes)"] * cells
+    keys = ["Slice (k, c0, a_num_prefix, c2)"] * prefix + ["CastLike (kc_mean, qkv)"] * background_tokens
+    values = ["Slice (v, c0, a_num_prefix, c2)"] * prefix + ["CastLike (vc_mean, qkv)"] * background_tokens
+    logits = (
+        ["Slice (shared_logits, c0, a_num_prefix, c4)"] * prefix + ["pool_logits"]
+        if background_tokens
+        else ["shared_logits"]
+    )
+    weights = ["Slice (weights, c0, a_num_prefix, c4)"] * prefix + ["Mul (pool_share, pool_sizes)"] * background_tokens
     start = "a_num_prefix" if prefix else "c0"
     return f"""
         k_shared = Concat <axis = 2> ({", ".join(keys)})
@@ -109,28 +117,30 @@ def _attend(prefix: bool, cells: bool) -> str:
         shared_single = Cast <to = 1> (MatMul (tile_padded, Transpose <perm = [0, 1, 3, 2]> (k_shared)))
         shared_count = Shape <start = 2, end = 3> (k_shared)
         shared_logits = Reshape (shared_single, Concat <axis = 0> (c0, c0, c_1, a_tile, shared_count))
-        {_cell_logits(start) if cells else ""}
+        {_pool_logits(start) if background_tokens else ""}
         weights = Softmax <axis = -1> (Concat <axis = -1> ({", ".join(logits)}, listed_biased))
         listed_raw = Slice (weights, shared_count, c_end, c4)
-        {_cell_weights(start) if cells else "listed_weights = Identity (listed_raw)"}
+        {_pool_weights(start) if background_tokens else "listed_weights = Identity (listed_raw)"}
         own = CastLike (listed_weights, qkv)
         shared_weights = Concat <axis = -1> ({", ".join(weights)})
         shared_rows = Reshape (CastLike (shared_weights, qkv), Concat <axis = 0> (c0, c0, c_1, shared_count))
         tiles_out = Add (MatMul (own, v_listed), Reshape (MatMul (shared_rows, v_shared), tile_shape)){_CROP}"""
 
 
-def _cell_logits(start: str) -> str:
+def _pool_logits(start: str) -> str:
+    """Return lines for the logits of the background tokens, which exclude the selected keys."""
     return f"""
-        cell_whole = Slice (shared_logits, {start}, c_end, c4)
-        cell_rest = Sub (cell_whole, Div (Sub (selected_logits, Mul (selected, cell_whole)), safe))
+        pool_whole = Slice (shared_logits, {start}, c_end, c4)
+        pool_rest = Sub (pool_whole, Div (Sub (selected_logits, Mul (selected, pool_whole)), safe))
         log_rest = Log (safe)
-        cell_logits = Where (has_rest, Add (cell_rest, log_rest), f_inf)"""
+        pool_logits = Where (has_rest, Add (pool_rest, log_rest), f_inf)"""
 
 
-def _cell_weights(start: str) -> str:
+def _pool_weights(start: str) -> str:
+    """Return lines for the weights of the listed keys, reduced by their share of the pool means."""
     return f"""
-        cell_share = Div (Slice (weights, {start}, shared_count, c4), safe)
-        listed_weights = Sub (listed_raw, MatMul (cell_share, Transpose <perm = [0, 1, 2, 4, 3]> (member)))"""
+        pool_share = Div (Slice (weights, {start}, shared_count, c4), safe)
+        listed_weights = Sub (listed_raw, MatMul (pool_share, Transpose <perm = [0, 1, 2, 4, 3]> (member)))"""
 
 
 _CROP = """
@@ -141,6 +151,7 @@ _LOG_SIZES = """
 
 
 def _prefix_rows(merged: bool) -> str:
+    """Return lines for the attention of the prefix queries to all tokens."""
     return f"""{_LOG_SIZES if merged else ""}
         prefix_typed = MatMul (Slice (q_scaled, c0, a_num_prefix, c2), Transpose <perm = [0, 1, 3, 2]> (k))
         prefix_bare = Cast <to = 1> (prefix_typed)
@@ -149,7 +160,7 @@ def _prefix_rows(merged: bool) -> str:
 
 
 def dense_attention(structure: Structure) -> str:
-    """Lines of DenseAttention; see the schema."""
+    """Return the lines of DenseAttention; the schema defines it."""
     return f"""{attribute("num_heads")}{attribute("scale", "float")}{_LOG_SIZES if structure.merged else ""}
         rows = Identity (qkv){SPLIT}
         q_scaled = Mul (q, CastLike (a_scale, qkv))
@@ -159,7 +170,7 @@ def dense_attention(structure: Structure) -> str:
 
 
 def cached_attention(_: Structure) -> str:
-    """Lines of CachedAttention; see the schema."""
+    """Return the lines of CachedAttention; the schema defines it."""
     return f"""{attribute("num_heads")}{attribute("scale", "float")}
         rows = Identity (qkv){SPLIT}
         q_scaled = Mul (q, CastLike (a_scale, qkv))

@@ -1,4 +1,7 @@
-"""Bodies of MatchTokens and MergeTokens. Scatters here replace, they add nothing up: every engine has those."""
+"""Function bodies of MatchTokens and MergeTokens.
+
+Scatters only replace elements and never add, because every engine supports that.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ from sparsifiner_edge.ops.bodies.common import Structure, attribute
 
 
 def match_tokens(_: Structure) -> str:
-    """Lines of MatchTokens; see the schema. E seekers, O sought, W = window, M = merged."""
+    """Return the lines of MatchTokens; the schema defines it.
+
+    In the names, `seekers` are the even patches, which propose, and `sought` are the odd patches.
+    """
     ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "window", "merged"))
     return f"""{ints}{_METRIC}{_PARTNERS}{_SUITORS}{_WINNERS}{_PAIRS}"""
 
@@ -54,7 +60,7 @@ _SUITORS = """
         score = ReduceMax <keepdims = 0> (suitor_scores, c2)
         suitor = Add (ArgMax <axis = 2, keepdims = 0> (suitor_scores), Add (Sub (sought_range, half), c1))"""
 
-# Winners lie in order of their scores, so those without a suitor are the last of them.
+# Winners are sorted by score, so those without a suitor come last.
 _WINNERS = """
         won, winners = TopK <axis = 1, largest = 1, sorted = 1> (score, a_merged)
         wooer = GatherElements <axis = 1> (suitor, winners)
@@ -69,8 +75,8 @@ _WINNERS = """
         free_pick = GatherElements <axis = 1> (free, Max (Sub (Range (i0, s_merged, i1), alone_first), i0))
         chosen = Where (alone, free_pick, wooer)"""
 
-# Every sum over the places up to one is two products with triangular matrices, of blocks of 128 places and of places in
-# a block: TensorRT runs CumSum as a loop, one iteration a token. Whole numbers below 2^24 are exact in float32.
+# The prefix sum over tokens is computed with two triangular matrix products: within blocks of 128 tokens and over the
+# blocks. TensorRT runs CumSum as a loop with one iteration per token. Integers below 2^24 are exact in float32.
 _PAIRS = """
         gone = Add (Mul (chosen, i2), s_num_prefix)
         tokens = Shape <start = 1, end = 2> (qkv)
@@ -99,7 +105,7 @@ _PAIRS = """
 
 
 def merge_tokens(_: Structure) -> str:
-    """Lines of MergeTokens; see the schema."""
+    """Return the lines of MergeTokens; the schema defines it."""
     return """
         places = Cast <to = 7> (pairs)
         first = Gather <axis = 2> (places, i0)

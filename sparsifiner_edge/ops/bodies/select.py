@@ -1,4 +1,4 @@
-"""Bodies of KeySelect and LandmarkKeySelect."""
+"""Function bodies of KeySelect and LandmarkKeySelect."""
 
 from __future__ import annotations
 
@@ -7,30 +7,35 @@ from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
 
 
 def key_select(structure: Structure) -> str:
-    """Lines of KeySelect; see the schema."""
+    """Return the lines of KeySelect; the schema defines it."""
     merged = structure.merged
-    probe_mean = sized_mean("probe", "a_probe") if merged else mean("probe")
-    cell_mean = sized_mean("cell", "a_cell") if merged else mean("cell")
-    deviation = runs("v_patch", "a_cell", "patches", "cell") + cell_mean + _FROM_CENTER if structure.cells else _ALONE
-    # Sliced after the heads are apart: TensorRT-RTX 1.7 fails to compile a product whose rows are sliced for this
-    # operator and read whole by SparseAttention.
+    query_pool_mean = sized_mean("query_pool", "a_query_pool") if merged else mean("query_pool")
+    query_pools = runs("q_patch", "a_query_pool", "patches", "query_pool") + query_pool_mean
+    key_pool_mean = sized_mean("key_pool", "a_key_pool") if merged else mean("key_pool")
+    deviation = (
+        runs("v_patch", "a_key_pool", "patches", "key_pool") + key_pool_mean + _FROM_CENTER
+        if structure.background_tokens
+        else _ALONE
+    )
+    # Slice after the heads are split: TensorRT-RTX 1.7 fails to compile a product whose rows are sliced for this
+    # operator and read in full by SparseAttention.
     patches = "".join(
         f"""
         {name}_patch = Slice ({name}, a_num_prefix, c_end, c2)"""
         for name in "qkv"
     )
-    ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "probe", "tile", "cell", "keys"))
+    ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "query_pool", "tile", "key_pool", "keys"))
     logits = f"Add (products, {_LOG_SIZES})" if merged else "Identity (products)"
     return f"""{ints}{attribute("scale", "float")}{attribute("value_power", "float")}
         rows = Identity (Cast <to = 1> (qkv)){SPLIT}{patches}{MERGED_SIZES if merged else ""}
-        patches = Shape <start = 2, end = 3> (q_patch){runs("q_patch", "a_probe", "patches", "probe")}{probe_mean}
-        projected_q = Mul (MatMul (probe_mean, Cast <to = 1> (proj_q)), a_scale)
+        patches = Shape <start = 2, end = 3> (q_patch){query_pools}
+        projected_q = Mul (MatMul (query_pool_mean, Cast <to = 1> (proj_q)), a_scale)
         projected_k = MatMul (k_patch, Cast <to = 1> (proj_k))
         products = MatMul (projected_q, Transpose <perm = [0, 1, 3, 2]> (projected_k))
         logits = {logits}
-        per_tile = Div (a_tile, a_probe)
-        tiles = Div (Sub (Add (probe_count, per_tile), c1), per_tile)
-        tile_pads = Concat <axis = 0> (c0, c0, c0, c0, c0, c0, Sub (Mul (tiles, per_tile), probe_count), c0)
+        per_tile = Div (a_tile, a_query_pool)
+        tiles = Div (Sub (Add (query_pool_count, per_tile), c1), per_tile)
+        tile_pads = Concat <axis = 0> (c0, c0, c0, c0, c0, c0, Sub (Mul (tiles, per_tile), query_pool_count), c0)
         tile_shape = Concat <axis = 0> (c0, c0, c_1, per_tile, patches)
         by_tile = Reshape (Pad (LogSoftmax <axis = -1> (logits), tile_pads, f_inf), tile_shape)
         best = ReduceMax <keepdims = 0> (by_tile, c3){deviation}
@@ -42,7 +47,7 @@ def key_select(structure: Structure) -> str:
 
 
 _FROM_CENTER = """
-        apart_padded = Reshape (Sub (cell_runs, Unsqueeze (cell_mean, c3)), Concat <axis = 0> (c0, c0, c_1, d))
+        apart_padded = Reshape (Sub (key_pool_runs, Unsqueeze (key_pool_mean, c3)), Concat <axis = 0> (c0, c0, c_1, d))
         apart = Slice (apart_padded, c0, patches, c2)"""
 _ALONE = """
         apart = Identity (v_patch)"""
@@ -50,7 +55,7 @@ _LOG_SIZES = "Reshape (Log (sizes_patch), Constant <value_ints: ints = [0, 1, 1,
 
 
 def landmark_key_select(_: Structure) -> str:
-    """Lines of LandmarkKeySelect; see the schema."""
+    """Return the lines of LandmarkKeySelect; the schema defines it."""
     ints = "".join(attribute(a) for a in ("num_heads", "keys", "top_coefficients"))
     casts = "".join(
         f"""
@@ -72,7 +77,7 @@ def landmark_key_select(_: Structure) -> str:
         scores = Where (IsNaN (scores_raw), f_inf, scores_raw){_TOP}"""
 
 
-# Of coefficients as large as the least that counts, the first count, as many as there is room for.
+# Of the coefficients equal to the smallest kept one, only the first are kept, until `top_coefficients` are reached.
 _TIED = """
         above = ReduceSum <keepdims = 1> (Cast <to = 1> (Greater (coefficients, least)), c_1)
         room = Sub (Cast <to = 1> (a_top_coefficients), above)

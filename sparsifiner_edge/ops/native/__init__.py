@@ -1,5 +1,7 @@
-"""The native kernels: a custom-op library for ONNX Runtime's CPU provider, built with the package where a compiler,
-Highway and ONNX Runtime's headers are found. Without it the operators run as function bodies.
+"""The native kernels: a custom-op library for ONNX Runtime's CPU execution provider.
+
+It is built with the package if a compiler, Highway and the headers of ONNX Runtime are found. Without it the operators
+run as function bodies.
 """
 
 from __future__ import annotations
@@ -14,27 +16,31 @@ import struct
 from pathlib import Path
 
 TARGET_VARIABLE = "SPARSIFINER_TARGET"
-"""Environment variable that names the best instruction set to use, such as AVX2: for tests and comparisons."""
+"""Environment variable that limits the kernels to an instruction set such as AVX2, for tests and comparisons."""
 _FILE = "libsparsifiner_ops.so"
+"""File name of the library in this package."""
 _SECTIONS = struct.Struct("<40x Q 10x 2H")
-"""Of an ELF file of 64 bits, little endian: where its table of sections lies, which is its end, the size of an entry,
-and how many there are.
+"""Fields of a 64-bit little-endian ELF header: offset of the section table, size of an entry, number of entries.
+
+The section table is the last part of the file.
 """
 NOT_BUILT = (
     "not built: install a C++17 compiler, Highway and ONNX Runtime's headers (Debian, Ubuntu: apt-get install g++ "
-    "cmake libhwy-dev libonnxruntime-dev) and install this package again; pip's -v says what was missing"
+    "cmake libhwy-dev libonnxruntime-dev) and install this package again; pip's -v shows what was missing"
 )
+"""Reason and fix for a missing library, as the end of a sentence."""
 
 
 def library_path() -> Path | None:
-    """The library's file, or None where it was not built."""
+    """Return the path of the library, or None if it was not built."""
     path = Path(str(importlib.resources.files("sparsifiner_edge.ops.native").joinpath(_FILE)))
     return path if path.is_file() else None
 
 
 def openvino_extension() -> Path | None:
-    """The operators as an extension of the OpenVINO that is installed, or None where there is no whole one for it: the
-    name of OpenVINO's library says which versions fit.
+    """Return the path of the OpenVINO extension, or None if there is no intact one for the installed OpenVINO.
+
+    The version suffix of OpenVINO's library determines which extension matches.
     """
     spec = importlib.util.find_spec("openvino")
     folders = () if spec is None else spec.submodule_search_locations or ()
@@ -49,10 +55,13 @@ def openvino_extension() -> Path | None:
 
 
 def why_unusable() -> str | None:
-    """Why the library cannot be used here: not built, damaged, or something that it needs is missing; None if it can.
+    """Return the reason why the library cannot be used, or None if it can.
+
+    It may be missing, damaged, or lack a library that it depends on. The reason continues a sentence, such as "is not
+    built: ...".
 
     Raises:
-        ValueError: the variable `SPARSIFINER_TARGET` names no instruction set that this machine has.
+        ValueError: `SPARSIFINER_TARGET` names an instruction set that this machine or the library lacks.
     """
     if library_path() is None:
         return f"is {NOT_BUILT}"
@@ -64,38 +73,39 @@ def why_unusable() -> str | None:
 
 
 def _require_whole(path: Path) -> None:
-    """Refuse a file that is cut short: the system would map what is not there, and reading it ends the process.
+    """Reject a truncated library file: loading it would map missing pages, and reading those kills the process.
 
     Raises:
-        OSError: it is, or it is no library for this kind of system.
+        OSError: The file is truncated, or it is not a 64-bit little-endian ELF file.
     """
     content = path.read_bytes()
     if content[:6] != b"\x7fELF\x02\x01" or len(content) < _SECTIONS.size:
-        raise OSError(f"{path} is no 64-bit ELF library; install this package again")
+        raise OSError(f"{path} is not a 64-bit ELF library; install this package again")
     place, entry, count = _SECTIONS.unpack_from(content)
     if (end := place + entry * count) > len(content):
         raise OSError(f"{path} is cut short ({len(content)} of {end} bytes); install this package again")
 
 
 def has_bfloat16() -> bool:
-    """Whether the kernels' instruction set multiplies bfloat16.
+    """Return True if the instruction set of the kernels has bfloat16 products.
 
     Raises:
-        ValueError, OSError: see `target`.
+        ValueError: See `target`.
+        OSError: See `target`.
     """
-    target()  # The variable counts for the library as soon as it is loaded.
+    target()  # Applies SPARSIFINER_TARGET to the library.
     return bool(ctypes.CDLL(str(library_path())).sparsifiner_has_bfloat16())
 
 
 @functools.cache
 def target() -> str:
-    """Instruction set that the kernels run on, such as "AVX3" (AVX-512), "AVX3_ZEN4" (with bfloat16), "AMX", "AVX2".
+    """Return the instruction set of the kernels: "AVX2", "AVX3" (AVX-512), "AVX3_ZEN4" (with bfloat16), "AMX", ...
 
-    The first call limits the library to what `SPARSIFINER_TARGET` names, for the whole process.
+    The first call limits the library to the instruction set in `SPARSIFINER_TARGET`, for the whole process.
 
     Raises:
-        ValueError: the variable `SPARSIFINER_TARGET` names none that this machine has.
-        OSError: the library is missing, damaged, or cannot be loaded.
+        ValueError: `SPARSIFINER_TARGET` names an instruction set that this machine or the library lacks.
+        OSError: The library is missing, damaged, or cannot be loaded.
     """
     path = library_path()
     if path is None:
@@ -106,6 +116,6 @@ def target() -> str:
     library.sparsifiner_limit_target.argtypes = [ctypes.c_char_p]
     wanted = os.environ.get(TARGET_VARIABLE)
     if wanted and not library.sparsifiner_limit_target(wanted.encode()):
-        raise ValueError(f"{TARGET_VARIABLE} is {wanted!r}: no instruction set of this machine and library")
+        raise ValueError(f"{TARGET_VARIABLE} is {wanted!r}: no instruction set of this machine and this library")
     name: bytes = library.sparsifiner_target()
     return name.decode()

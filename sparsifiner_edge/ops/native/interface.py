@@ -1,6 +1,6 @@
-"""The native library's C interface (`sparsifiner.h`) from Python: operators by name, on NumPy arrays, in place.
+"""Python binding of the native library's C interface (`sparsifiner.h`): operators by name, on NumPy arrays.
 
-ONNX Runtime needs none of this, it loads the library itself; OpenVINO's Python operators do.
+OpenVINO's Python operators and `ops.torch_native` use it. ONNX Runtime loads the library itself.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from sparsifiner_edge.ops.operator import Tensor
 from sparsifiner_edge.ops.schema import OPERATORS
 
 _VERSION = 5
-"""SPARSIFINER_VERSION of the header that this follows."""
+"""SPARSIFINER_VERSION of the header that this module mirrors."""
 
 _PRECISIONS = {"float32": 0, "bfloat16": 1}
+"""Values of `sparsifiner_precision`."""
 
 
-def _fields(whole: str, single: str = "") -> tuple[tuple[str, Any], ...]:
-    """Fields of a structure: names of whole numbers of 64 bits, then of single-precision ones."""
-    return (*((name, c_int64) for name in whole.split()), *((name, c_float) for name in single.split()))
+def _fields(integers: str, floats: str = "") -> tuple[tuple[str, Any], ...]:
+    """Return the fields of a structure: first the named 64-bit integers, then the named 32-bit floats."""
+    return (*((name, c_int64) for name in integers.split()), *((name, c_float) for name in floats.split()))
 
 
 class _Call(Structure):
+    """Mirror of `sparsifiner_call`."""
+
     _fields_ = (
         ("version", c_int32),
         ("precision", c_int32),
@@ -39,34 +42,50 @@ class _Call(Structure):
 
 
 class _Tensor(Structure):
+    """Mirror of `sparsifiner_floats`, `sparsifiner_ints` and `sparsifiner_rows`."""
+
     _fields_ = (("data", c_void_p), ("count", c_int64))
 
 
 class _Output(Structure):
+    """Mirror of `sparsifiner_output`."""
+
     _fields_ = (("data", c_void_p), ("count", c_int64), ("rounded", c_int64))
 
 
 class _Qkv(Structure):
+    """Mirror of `sparsifiner_qkv`."""
+
     _fields_ = (("qkv", _Tensor), ("sizes", _Tensor), *_fields("batch tokens num_heads width", "scale"))
 
 
 class _Select(Structure):
-    _fields_ = _fields("num_prefix probe tile cell keys channels", "value_power")
+    """Mirror of `sparsifiner_select`."""
+
+    _fields_ = _fields("num_prefix query_pool tile key_pool keys channels", "value_power")
 
 
 class _Attend(Structure):
-    _fields_ = _fields("num_prefix tile cell keys prefix_keys")
+    """Mirror of `sparsifiner_attend`."""
+
+    _fields_ = _fields("num_prefix tile key_pool keys prefix_keys")
 
 
 class _Cache(Structure):
+    """Mirror of `sparsifiner_cache`."""
+
     _fields_ = (("cache", _Tensor), ("counts", _Tensor), *_fields("tokens halves"))
 
 
 class _Match(Structure):
+    """Mirror of `sparsifiner_match`."""
+
     _fields_ = _fields("num_prefix window merged")
 
 
 class _Pairs(Structure):
+    """Mirror of `sparsifiner_pairs`."""
+
     _fields_ = (
         ("x", _Tensor),
         ("sizes", _Tensor),
@@ -83,30 +102,33 @@ _FUNCTIONS: dict[str, tuple[str, type[Structure] | None]] = {
     "MatchTokens": ("sparsifiner_match_tokens", _Match),
     "MergeTokens": ("sparsifiner_merge_tokens", None),
 }
-"""Of each operator, the library's function, and the structure of its settings."""
+"""Function of the library and structure of its settings, by operator name."""
 
 
 class Operators:
-    """The operators on threads of their own, which wait while idle. Closed by `close`.
+    """The native operators with their own thread pool.
+
+    Idle threads wait without load. Call `close` to end them.
 
     Args:
-        threads: the caller's included.
-        bfloat16: attention's products are bfloat16 where the kernels' instruction set has it.
+        threads: Number of threads, including the calling one.
+        bfloat16: Compute the products of attention in bfloat16 if the instruction set of the kernels supports it.
 
     Attributes:
-        precision: of attention's products, "bfloat16" or "float32"; of the other operators it is float32.
+        precision: Precision of the products of attention, "bfloat16" or "float32". Other operators use float32.
 
     Raises:
-        BackendError: the library is not built or cannot be loaded, is of another version, or starts no threads.
+        BackendError: The library is not built, cannot be loaded, has another version, or cannot start the threads.
     """
 
     def __init__(self, threads: int, bfloat16: bool = False) -> None:
         if (reason := native.why_unusable()) is not None:
-            raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
+            raise BackendError(f"The native library {reason}.", "Alternatively, choose the portable kernels.")
         self._library = ctypes.CDLL(str(native.library_path()))
         if (version := self._library.sparsifiner_version()) != _VERSION:
             raise BackendError(
-                f"The native library is of version {version}, not {_VERSION}.", "Install this package again."
+                f"The native library has version {version}; version {_VERSION} is required.",
+                "Install this package again.",
             )
         self.precision = "bfloat16" if bfloat16 and self._library.sparsifiner_has_bfloat16() else "float32"
         self._library.sparsifiner_pool_create.argtypes = [c_size_t]
@@ -114,7 +136,7 @@ class Operators:
         self._library.sparsifiner_pool_destroy.argtypes = [c_void_p]
         self._pool = self._library.sparsifiner_pool_create(threads)
         if not self._pool:
-            raise BackendError(f"{threads} threads cannot be started.", "Ask for fewer.")
+            raise BackendError(f"{threads} threads cannot be started.", "Use fewer threads.")
         self._library.sparsifiner_hold_memory(1)
         self._loop = ctypes.cast(self._library.sparsifiner_pool_for, c_void_p).value
 
@@ -122,11 +144,14 @@ class Operators:
         """Run one operator.
 
         Args:
-            op, attributes, inputs: see docs/operators.md; float32, indices and pairs int32, C-contiguous.
-            output: of the operator's shape; is filled.
+            op: Name of the operator; docs/operators.md defines its attributes and inputs.
+            attributes: Attributes by name.
+            inputs: Inputs in order, C-contiguous. They are float32, except int32 indices and pairs, and a cache that
+                may be float16.
+            output: C-contiguous array of the output's shape and type, which receives the result.
 
         Raises:
-            BackendError: attributes, types and shapes are not those of the operator's schema, or it lacks memory.
+            BackendError: Attributes, types or shapes do not match the operator's schema, or memory is exhausted.
         """
         require_valid(op, attributes, [x.shape for x in inputs])
         kinds = (*OPERATORS[op].inputs, OPERATORS[op].output)
@@ -137,7 +162,7 @@ class Operators:
             raise _refusal(op, call.message.decode(errors="replace"))
 
     def close(self) -> None:
-        """End the threads. Closing twice is harmless."""
+        """End the threads. Further calls have no effect."""
         pool, self._pool = self._pool, None
         if pool:
             self._library.sparsifiner_hold_memory(-1)
@@ -145,40 +170,49 @@ class Operators:
 
 
 def require_valid(op: str, attributes: Mapping[str, float], shapes: Sequence[Sequence[int]]) -> None:
-    """Refuse what the operator's schema does.
+    """Validate attributes and input shapes against the operator's schema.
 
     Raises:
-        BackendError: attributes or shapes of inputs are not allowed; says which.
+        BackendError: An attribute or a shape is invalid; the message lists all reasons.
     """
     if reasons := _refusals(op, tuple(attributes.items()), *map(tuple, shapes)):
         raise _refusal(op, "; ".join(reasons))
 
 
 def _refusal(op: str, reason: str) -> BackendError:
+    """Return the error for an invalid call."""
     return BackendError(f"sparsifiner::{op}: {reason}.", "Export the bundle again.")
 
 
 @functools.lru_cache(maxsize=1024)
 def _refusals(op: str, attributes: tuple[tuple[str, float], ...], *shapes: tuple[int, ...]) -> list[str]:
-    """What the schema refuses; kept, for a model asks the same at every image."""
+    """Return the reasons why a call is invalid. Cached, because a model repeats the same calls for every image."""
     return OPERATORS[op].refusals(dict(attributes), shapes)
 
 
 def _tensor(op: str, array: Array, schema: Tensor) -> _Tensor:
-    """An array as the library takes it: of the element types by the schema it has those of four bytes, and float16 of
-    what is stored.
+    """Return an array as the library's tensor structure.
+
+    The library supports only the first element type of the schema (float32 or int32), and float16 for stored tensors.
     """
     allowed = (schema.dtypes[0], "float16") if schema.stored else schema.dtypes[:1]
     if array.dtype.name not in allowed or not array.flags.c_contiguous:
         wanted = " or ".join(allowed)
-        raise _refusal(op, f"got {array.dtype}, strides {array.strides}, for contiguous {wanted}")
+        raise _refusal(op, f"{schema.name} must be contiguous {wanted}, got {array.dtype} with strides {array.strides}")
     return _Tensor(array.ctypes.data, array.size)
 
 
 def _arguments(
     op: str, attributes: Mapping[str, float], inputs: Sequence[Array], tensors: Sequence[_Tensor]
 ) -> list[Any]:
-    """What a function takes after the call: of shapes that the schema allows, and tensors, the output's last."""
+    """Return the arguments of the library function after the call structure.
+
+    Args:
+        op: Name of the operator.
+        attributes: Valid attributes.
+        inputs: Inputs of valid shapes.
+        tensors: Tensor structures of the inputs, followed by that of the output.
+    """
     shapes = [x.shape for x in inputs]
     *tensors, last = tensors
     output = _Output(last.data, last.count, 0)
@@ -194,5 +228,6 @@ def _arguments(
 
 
 def _fill(kind: type[Structure], values: Mapping[str, float]) -> Structure:
+    """Return a settings structure with the values of its fields."""
     fields = cast(Any, kind)._fields_
-    return kind(*(values[name] if of is c_float else int(values[name]) for name, of in fields))
+    return kind(*(values[name] if c_type is c_float else int(values[name]) for name, c_type in fields))

@@ -1,5 +1,7 @@
-"""CUDA kernels in Triton, without gradients: a layer of KeySelect and SparseAttention, MatchTokens and MergeTokens.
-Importing this package needs neither Triton nor a GPU; `why_not_triton` says what runs an operator, and why.
+"""CUDA kernels in Triton, without gradients: KeySelect with SparseAttention as one layer, MatchTokens and MergeTokens.
+
+Importing this package requires neither Triton nor a GPU. `why_not_triton` returns the reasons why an operator cannot
+run with these kernels.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from sparsifiner_edge.ops.triton.schedule import refusals
 
 
 def why_not_triton(name: str, attributes: Attributes, shapes: Sequence[Sequence[int]], qkv: Any) -> list[str]:
-    """Why Triton's kernels do not run an operator of `ops.torch` on tensors like these; empty where they do, on a CUDA
-    GPU. (On a processor they run in Triton's interpreter, where `TRITON_INTERPRET` is 1: for tests.)
+    """Return the reasons why the Triton kernels cannot run an operator, or an empty list if they can.
+
+    The kernels require a CUDA GPU. For tests, they also run on the CPU in Triton's interpreter if the environment
+    variable `TRITON_INTERPRET` is 1.
 
     Args:
-        name, attributes: the operator, as in its schema; KeySelect stands for its layer.
-        shapes: of its inputs, in order. qkv: the first input, for its device and element type.
+        name: Name of the operator; KeySelect stands for the layer of KeySelect and SparseAttention.
+        attributes: Attributes of the operator.
+        shapes: Shapes of the inputs, in the order of the schema.
+        qkv: First input, which determines the device and the element type.
     """
     if qkv.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return [f"the tensors are on {qkv.device}, not on a CUDA GPU"]

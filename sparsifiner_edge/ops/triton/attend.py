@@ -1,13 +1,15 @@
-"""SparseAttention on a GPU, forward: `attend`, a tile of queries over its list, the rest of each cell and the prefix.
+"""SparseAttention on a GPU, forward only: `attend`.
 
-    listed keys and values, in blocks ─┬► softmax ────────────────────────────────────────┐
-                                       └► one-hot by cell x keys, values: what the tile    ├─► output
-                                          selected of each cell                            │
-    cells' sums (summarise) ─────────────► less what it selected, over what is left; prefix┘
-    partial softmaxes of the prefix queries (summarise) ──────────────────────────────────► output
+A tile of queries attends to the keys in its list, to the background tokens and to the prefix tokens.
 
-A cell's rest is its sum less what the tile selected of it, so neither masks nor means pass through memory. Nothing is
-accumulated by atomics: two runs give the same bits.
+    listed keys and values, in blocks ─┬► softmax ───────────────────────────────────────────────┐
+                                       └► one-hot matrix x keys, values: what the tile selected  ├─► output
+                                          of each pool                                           │
+    sums of the pools (summarise) ─► minus what the tile selected, mean of the rest; prefix ─────┘
+    partial softmaxes of the prefix queries (summarise) ───────────────────────────────────────────► output
+
+The background token of a pool is derived from the sum of the pool minus what the tile selected. Neither masks nor means
+pass through memory. Nothing is accumulated with atomics, so two runs give the same bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -21,31 +23,42 @@ import triton.language as tl
 from sparsifiner_edge.ops.triton.common import load_rows, reciprocal, store_rows
 
 LOWEST = tl.constexpr(-1.0e30)
-"""Where a running maximum starts: finite, so that the difference of two is no NaN."""
+"""Initial value of a running maximum. It is finite, so the difference of two maxima is never NaN."""
 HEADROOM = tl.constexpr(8.0)
-"""How far above the greatest logit (base 2) of a sample sums stand. Weights of 2^-8 lose nothing in float16, and others
-may be 2^24 times as great before they overflow."""
+"""Distance of the softmax peak above the largest logit (base 2) of the sample.
+
+Weights of 2^-8 have full precision in float16, and others may be 2^24 times as large before they overflow.
+"""
 SAMPLE = tl.constexpr(16)
-"""Keys of it."""
+"""Number of keys in the sample."""
 FOLLOWED = tl.constexpr(32)
-"""Entries of a block, at most, where a peak follows: more take registers."""
+"""Maximum number of entries per block if the peak follows the logits; larger blocks need too many registers."""
 GREATEST_SUM = tl.constexpr(2.0**60)
-"""Of a sum of weights that did not overflow: what is weighted did not either."""
+"""Bound of a sum of weights without overflow. Below it, the weighted values did not overflow either."""
 LEAST = tl.constexpr(8)
-"""Columns that a product of the matrix units has at least."""
+"""Minimum number of columns of a tensor-core product."""
 HALF = tl.constexpr(16)
-"""Cells whose sums are made together, rows that a product has at least. As a list ascends, all blocks but one read of
-the first half of the cells or of the second.
+"""Number of pools whose sums are computed together, which is also the minimum number of rows of a product.
+
+Key lists ascend, so all blocks but one contain keys of only the first or only the second half of the pools.
 """
 
 
 class _Sizes(NamedTuple):
-    """Constants that functions share.
+    """Constants shared by the functions.
 
     Attributes:
-        channels: of all heads. stride: elements from one token's qkv to the next.
-        columns: patches. entries: cells, and prefix tokens behind them.
-        factor: of logits, in base 2. unit: that sums of cells are stored in.
+        channels: Channels of all heads.
+        stride: Elements from the qkv of one token to the next.
+        width: Channels per head.
+        block_d: Padded number of channels per head.
+        prefix: Number of prefix tokens.
+        columns: Number of patches.
+        keys: Number of listed keys per tile.
+        key_pool: Number of patches per pool.
+        entries: Number of pools, including one for each prefix token at the end.
+        factor: Scale of the logits in base 2.
+        unit: Divisor with which the sums of the pools are stored.
     """
 
     channels: tl.constexpr
@@ -55,7 +68,7 @@ class _Sizes(NamedTuple):
     prefix: tl.constexpr
     columns: tl.constexpr
     keys: tl.constexpr
-    cell: tl.constexpr
+    key_pool: tl.constexpr
     entries: tl.constexpr
     factor: tl.constexpr
     unit: tl.constexpr
@@ -63,11 +76,14 @@ class _Sizes(NamedTuple):
 
 @triton.jit
 def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.constexpr, follow: tl.constexpr):
-    """Logits factor q k (base 2), plus `offset` if `raised`, enter the sums of weights and of what they weigh, or
-    begin them where they are None.
+    """Add a block of keys and values to the softmax state.
 
-    follow: the peak goes with the greatest logit. Else it stays: sums need not be brought to a new one, but what comes
-    may overflow. The sum of weights is a product with ones: the matrix units have time for it, additions have not.
+    The base-2 logits are factor q k, plus `offset` if `raised`. The state consists of the peak, the sum of weights and
+    the weighted sum of values. Sums that are None start with this block.
+
+    With `follow`, the peak is the running maximum of the logits. Without it the peak is fixed. This saves the rescaling
+    of the sums, but later weights may overflow. The sum of weights is computed as a product with ones, because the
+    tensor cores have time to spare and additions do not.
     """
     peak, total, out = state
     logits = tl.dot(q, tl.trans(k))
@@ -86,7 +102,7 @@ def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.cons
 
 @triton.jit
 def _no_softmax(block_m: tl.constexpr, block_d: tl.constexpr):
-    """State before the first block of a list."""
+    """Return the softmax state before the first block of a key list."""
     return (
         tl.full([block_m], LOWEST, tl.float32),
         tl.zeros([block_m, LEAST], tl.float32),
@@ -96,29 +112,30 @@ def _no_softmax(block_m: tl.constexpr, block_d: tl.constexpr):
 
 @triton.jit
 def _no_sums(block_d: tl.constexpr):
-    """Keys, values and sizes of half the cells."""
+    """Return empty sums of keys, values and sizes for one half of the pools."""
     zeros = tl.zeros([HALF, block_d], tl.float32)
     return zeros, zeros, tl.zeros([HALF, LEAST], tl.float32)
 
 
 @triton.jit
 def _add_selected(within, numbers, real, size, k, v, sums, masked: tl.constexpr, sized: tl.constexpr):
-    """Where `within`, a block's keys, values and sizes enter the sums of their cells, of which `numbers` says which
-    row: products with a one-hot matrix. (In a region of their own the compiler spreads them over the warps by their
-    own shape, not by the softmax's.)
+    """Add the keys, values and sizes of a block to the sums of their pools if `within`, as one-hot matrix products.
+
+    `numbers` are the rows of the sums. In the region of the `if`, the compiler distributes the products over the warps
+    by their own shape, not by that of the softmax.
     """
     keys, values, counts = sums
     if within:
         same = numbers[None, :] == tl.arange(0, HALF)[:, None]
         if masked:
             same = same & real[None, :]
-        weights = same.to(tl.float32)  # the interpreter has no other way to bfloat16
+        weights = same.to(tl.float32)  # the interpreter cannot convert booleans to bfloat16
         if sized:
             weights = weights * size[None, :]
         hot = weights.to(k.dtype)
         ones = tl.full([k.shape[0], LEAST], 1.0, k.dtype)
         counts = tl.dot(hot, ones, counts)
-        if sized and k.dtype == tl.bfloat16:  # what sizes above 256 lose in so few bits (float16: above 2048)
+        if sized and k.dtype == tl.bfloat16:  # rounding error of sizes above 256 (float16: only above 2048)
             low = (weights - hot.to(tl.float32)).to(k.dtype)
             counts = tl.dot(low, ones, counts)
             keys, values = tl.dot(low, k, keys), tl.dot(low, v, values)
@@ -130,16 +147,18 @@ def _add_selected(within, numbers, real, size, k, v, sums, masked: tl.constexpr,
 def _add_listed(
     q, base, sizes, lists, start, split, state, s, block_n: tl.constexpr, masked: tl.constexpr, follow: tl.constexpr
 ):
-    """A block of a tile's list enters the softmax, and the sums of its cells: before entry split[0] some are of their
-    first half, from split[1] on of their second.
+    """Add a block of a tile's key list to the softmax and to the sums of the pools.
 
-    Not masked: all its entries are listed. A list may hold anything: it is brought into range, nothing outside is read.
+    Only entries before split[0] may belong to the first half of the pools, and only entries from split[1] on to the
+    second half. Without `masked`, the block must not extend beyond the list. Invalid indices in the list are clamped,
+    so nothing outside the tensors is read.
     """
     entries = start + tl.arange(0, block_n)
     real = entries < s.keys
-    if masked:  # Entries behind the last repeat it, and weigh nothing.
+    if masked:  # Entries after the last one repeat it with weight 0.
         entries = tl.minimum(entries, s.keys - 1)
-    listed = tl.minimum(tl.load(lists + entries).to(tl.uint32), s.columns - 1)  # what is negative becomes large first
+    # As unsigned integers, negative indices are large, so the minimum clamps them too.
+    listed = tl.minimum(tl.load(lists + entries).to(tl.uint32), s.columns - 1)
     token = s.prefix + listed.to(tl.int32)
     every = tl.full([block_n], True, tl.int1)
     k = load_rows(base + s.channels, token, s.stride, every, s.width, s.block_d)
@@ -151,7 +170,7 @@ def _add_listed(
         offset = tl.where(real, offset, float("-inf"))
     softmax, low, high = state
     softmax = _softmax_block(q, k, v, offset, softmax, s.factor, masked or sized, follow)
-    number = (listed // s.cell).to(tl.int32)
+    number = (listed // s.key_pool).to(tl.int32)
     low = _add_selected(start < split[0], number, real, size, k, v, low, masked, sized)
     high = _add_selected(start + block_n > split[1], number - HALF, real, size, k, v, high, masked, sized)
     return softmax, low, high
@@ -159,8 +178,10 @@ def _add_listed(
 
 @triton.jit
 def _sample(q, base, sizes, lists, s):
-    """By keys from all over a tile's list: where rows' sums stand, above the greatest logit, and the entries before
-    and from which there may be some of the first half of the cells, and of the second.
+    """Derive the softmax peak of each row and the split of the list from a sample of a tile's key list.
+
+    The peak is `HEADROOM` above the largest logit of the sample. Keys of the first half of the pools occur only before
+    entry split[0], those of the second half only from entry split[1] on.
     """
     number, apart = tl.arange(0, SAMPLE), max(s.keys // SAMPLE, 1)
     real = number < s.keys
@@ -173,35 +194,37 @@ def _sample(q, base, sizes, lists, s):
         logits += (tl.log2(tl.load(sizes + token, mask=real, other=1.0)) * unscaled)[None, :]
     if s.keys < SAMPLE:
         logits = tl.where(real[None, :], logits, float("-inf"))
-    low = tl.sum((listed < HALF * s.cell).to(tl.int32), 0)
+    low = tl.sum((listed < HALF * s.key_pool).to(tl.int32), 0)
     split = tl.where(low == SAMPLE, s.keys, low * apart), tl.maximum(low - 1, 0) * apart
     return tl.maximum(tl.max(logits, 1) * s.factor, LOWEST) + HEADROOM, split
 
 
 @triton.jit
-def _add_rest(q, cell_sums, cell_sizes, sums, state, before: tl.constexpr, s, follow: tl.constexpr):
-    """Means of the keys and values that are left of each cell of a half enter the softmax, as often as are left;
-    prefix keys are cells of which nothing is selected.
+def _add_rest(q, pool_sums, pool_sizes, sums, state, before: tl.constexpr, s, follow: tl.constexpr):
+    """Add the background tokens of one half of the pools to the softmax.
+
+    A background token is the mean of the unselected keys and values of a pool, weighted by their total size. Each
+    prefix token is a pool of which nothing is selected.
     """
     keys, values, counts = sums
     number = before + tl.arange(0, HALF)
     inside = number < s.entries
-    rest = tl.load(cell_sizes + number, mask=inside, other=0.0) - tl.max(counts, 1)  # whose columns are all alike
+    rest = tl.load(pool_sizes + number, mask=inside, other=0.0) - tl.max(counts, 1)  # all columns are equal
     rest = tl.where(rest > 0.5, rest, 0.0)
     share = tl.where(rest > 0.5, reciprocal(tl.maximum(rest, 0.5)), 0.0)[:, None]
-    k = load_rows(cell_sums, number, 2 * s.width, inside, s.width, s.block_d).to(tl.float32) * s.unit
-    v = load_rows(cell_sums + s.width, number, 2 * s.width, inside, s.width, s.block_d).to(tl.float32) * s.unit
+    k = load_rows(pool_sums, number, 2 * s.width, inside, s.width, s.block_d).to(tl.float32) * s.unit
+    v = load_rows(pool_sums + s.width, number, 2 * s.width, inside, s.width, s.block_d).to(tl.float32) * s.unit
     k, v = ((k - keys) * share).to(q.dtype), ((v - values) * share).to(q.dtype)
     peak, total, out = state
     logits = tl.dot(q, tl.trans(k))
     higher = peak
     if follow:
         most = tl.max(tl.where((rest > 0.5)[None, :], logits, float("-inf")), 1) * s.factor
-        higher = tl.maximum(peak, most + HEADROOM)  # what is left may be many
+        higher = tl.maximum(peak, most + HEADROOM)  # the rest may count as many patches
         decay = tl.exp2(peak - higher)[:, None]
         total, out = total * decay, out * decay
     weights = tl.exp2(logits * s.factor - higher[:, None]) * rest[None, :]
-    if follow:  # else a cell of which nothing is left adds 0, or NaN where logits are taken again
+    if follow:  # without it, an empty rest adds 0, or NaN, after which the tile is computed again
         weights = tl.where((rest > 0.5)[None, :], weights, 0.0)
     weights = weights.to(q.dtype)
     total = tl.dot(weights, tl.full([HALF, LEAST], 1.0, q.dtype), total)
@@ -209,16 +232,18 @@ def _add_rest(q, cell_sums, cell_sizes, sums, state, before: tl.constexpr, s, fo
 
 
 @triton.jit
-def _store_attended(output, q, cell_sums, cell_sizes, state, rows, real_rows, s, follow: tl.constexpr):
-    """The rest of each cell enters a tile's softmax, and its output is stored; or nothing is, where sums overflowed.
-    Returns whether it was stored.
+def _store_attended(output, q, pool_sums, pool_sizes, state, rows, real_rows, s, follow: tl.constexpr):
+    """Add the background tokens to a tile's softmax and store its output, unless sums overflowed.
+
+    Returns:
+        True if the output was stored.
     """
     softmax, low, high = state
-    softmax = _add_rest(q, cell_sums, cell_sizes, low, softmax, 0, s, follow)
+    softmax = _add_rest(q, pool_sums, pool_sizes, low, softmax, 0, s, follow)
     if s.entries > HALF:
-        softmax = _add_rest(q, cell_sums, cell_sizes, high, softmax, HALF, s, follow)
-    total = tl.max(softmax[1], 1)  # whose columns are all alike
-    fits = follow or tl.min((total < GREATEST_SUM).to(tl.int32)) > 0  # NaN is not
+        softmax = _add_rest(q, pool_sums, pool_sizes, high, softmax, HALF, s, follow)
+    total = tl.max(softmax[1], 1)  # all columns are equal
+    fits = follow or tl.min((total < GREATEST_SUM).to(tl.int32)) > 0  # false for NaN
     if fits:
         out = softmax[2] * reciprocal(total)[:, None]
         store_rows(output, rows, s.channels, real_rows, s.width, s.block_d, out)
@@ -227,10 +252,12 @@ def _store_attended(output, q, cell_sums, cell_sizes, state, rows, real_rows, s,
 
 @triton.jit
 def _tile_again(
-    base, sizes, lists, cell_sums, cell_sizes, output, rows, real_rows, block_m: tl.constexpr, block_n: tl.constexpr, s
+    base, sizes, lists, pool_sums, pool_sizes, output, rows, real_rows, block_m: tl.constexpr, block_n: tl.constexpr, s
 ):
-    """A tile whose logits are so far above the sample's that sums overflowed, by a peak that follows. What the first
-    try had is made again: to keep it takes registers.
+    """Recompute a tile whose sums overflowed, with a peak that follows the logits.
+
+    This happens if logits are far above those of the sample. Intermediate results are recomputed, because keeping them
+    would take registers.
     """
     q = load_rows(base, rows, s.stride, real_rows, s.width, s.block_d)
     _, split = _sample(q, base, sizes, lists, s)
@@ -238,12 +265,12 @@ def _tile_again(
     state = _no_softmax(block_m, s.block_d), none, none
     for start in tl.range(0, s.keys, block_n, num_stages=1):
         state = _add_listed(q, base, sizes, lists, start, split, state, s, block_n, True, True)
-    _store_attended(output, q, cell_sums, cell_sizes, state, rows, real_rows, s, True)
+    _store_attended(output, q, pool_sums, pool_sizes, state, rows, real_rows, s, True)
 
 
 @triton.jit
-def _prefix_row(base, partial_out, partial_stats, row, s, cells: tl.constexpr, block_f: tl.constexpr):
-    """A prefix query over the prefix, joined with its partial softmaxes over cells: [d]."""
+def _prefix_row(base, partial_out, partial_stats, row, s, background_tokens: tl.constexpr, block_f: tl.constexpr):
+    """Return the output [d] of a prefix query: its softmax over the prefix, merged with those over the pools."""
     columns, number = tl.arange(0, s.block_d), tl.arange(0, block_f)
     inside = number < s.prefix
     q = tl.load(base + row * s.stride + columns, mask=columns < s.width, other=0.0).to(tl.float32)
@@ -251,7 +278,7 @@ def _prefix_row(base, partial_out, partial_stats, row, s, cells: tl.constexpr, b
     v = load_rows(base + 2 * s.channels, number, s.stride, inside, s.width, s.block_d).to(tl.float32)
     logits = tl.where(inside, tl.sum(q[None, :] * k, 1) * s.factor, float("-inf"))
     block = tl.arange(0, 2 * HALF)
-    place, there = block * s.prefix + row, block < cells
+    place, there = block * s.prefix + row, block < background_tokens
     peaks = tl.load(partial_stats + 2 * place, mask=there, other=float("-inf"))
     parts = load_rows(partial_out, place, s.width, there, s.width, s.block_d)
     peak = tl.maximum(tl.max(logits, 0), tl.max(peaks, 0))
@@ -265,8 +292,8 @@ def attend_kernel(
     qkv,
     sizes,
     indices,
-    cell_sums,
-    cell_sizes,
+    pool_sums,
+    pool_sizes,
     partial_out,
     partial_stats,
     output,
@@ -277,8 +304,8 @@ def attend_kernel(
     tile: tl.constexpr,
     tiles: tl.constexpr,
     keys: tl.constexpr,
-    cell: tl.constexpr,
-    cells: tl.constexpr,
+    key_pool: tl.constexpr,
+    background_tokens: tl.constexpr,
     factor: tl.constexpr,
     unit: tl.constexpr,
     block_m: tl.constexpr,
@@ -287,7 +314,10 @@ def attend_kernel(
     block_f: tl.constexpr,
     block_d: tl.constexpr,
 ):
-    """Grid (prefix + T, H, B): output [B,N,C]. None: sizes where all are 1, partial_* without prefix."""
+    """Compute the attention output [B,N,C].
+
+    Grid: (prefix + T, H, B). `sizes` is None if all are 1. `partial_out` and `partial_stats` are None without prefix.
+    """
     s: tl.constexpr = _Sizes(
         heads * width,
         3 * heads * width,
@@ -296,8 +326,8 @@ def attend_kernel(
         prefix,
         tokens - prefix,
         keys,
-        cell,
-        cells + prefix,
+        key_pool,
+        background_tokens + prefix,
         factor,
         unit,
     )
@@ -305,10 +335,12 @@ def attend_kernel(
     lane = image * heads + head
     base = qkv + image * tokens * s.stride + head * width
     output += image * tokens * s.channels + head * width
-    if prefix > 0 and tl.program_id(0) < prefix:  # the first part at compile time
+    if prefix > 0 and tl.program_id(0) < prefix:  # the first condition is evaluated at compile time
         row = tl.program_id(0)
-        parts = lane * cells * prefix
-        values = _prefix_row(base, partial_out + parts * width, partial_stats + parts * 2, row, s, cells, block_f)
+        parts = lane * background_tokens * prefix
+        values = _prefix_row(
+            base, partial_out + parts * width, partial_stats + parts * 2, row, s, background_tokens, block_f
+        )
         place = output + row * s.channels + tl.arange(0, block_d)
         tl.store(place, values.to(output.dtype.element_ty), mask=tl.arange(0, block_d) < width)
     else:
@@ -317,14 +349,14 @@ def attend_kernel(
         real_rows = rows < tl.minimum(prefix + (number + 1) * tile, tokens)
         lists = indices + (lane * tiles + number) * keys
         weights = None if sizes is None else sizes + image * tokens
-        cell_sums += lane * s.entries * 2 * width
-        cell_sizes += lane * s.entries
+        pool_sums += lane * s.entries * 2 * width
+        pool_sizes += lane * s.entries
         every = tl.full([block_m], True, tl.int1)
         q = load_rows(base, tl.minimum(rows, tokens - 1), s.stride, every, width, block_d)
         full: tl.constexpr = keys // block_n * block_n
         none = _no_sums(block_d)
         peak, split = _sample(q, base, weights, lists, s)
-        # What does not fill a block comes first: sums begin with it.
+        # The incomplete block comes first, so the sums start with it.
         if full < keys:
             state = (peak, None, None), none, none
             state = _add_listed(q, base, weights, lists, full, split, state, s, block_t, True, False)
@@ -335,13 +367,13 @@ def attend_kernel(
             state = _add_listed(q, base, weights, lists, start, split, state, s, block_t, True, False)
         for start in range(0, full, block_n):
             state = _add_listed(q, base, weights, lists, start, split, state, s, block_n, False, False)
-        if not _store_attended(output, q, cell_sums, cell_sizes, state, rows, real_rows, s, False):
+        if not _store_attended(output, q, pool_sums, pool_sizes, state, rows, real_rows, s, False):
             _tile_again(
                 base,
                 weights,
                 lists,
-                cell_sums,
-                cell_sizes,
+                pool_sums,
+                pool_sizes,
                 output,
                 rows,
                 real_rows,

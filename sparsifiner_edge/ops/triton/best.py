@@ -1,7 +1,8 @@
-"""The K best of a tile's scores, for `select`: a threshold that K reach, and their indices, ascending.
+"""Selection of the K highest scores of a tile for `select`: a threshold that K scores reach, and their indices.
 
-Nothing is sorted. Threads ("lanes") hold scores of keys that follow each other. A score that exactly K reach is looked
-for by secants of the number that do and by halving; how many of the lanes before reach it says where winners go.
+Nothing is sorted. Each thread ("lane") holds the scores of consecutive keys. The threshold that exactly K scores reach
+is searched with secant steps on the number of scores that reach it, and with bisection. The counts of the preceding
+lanes determine where a lane writes its indices.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -13,21 +14,22 @@ import triton
 import triton.language as tl
 
 NOTHING = tl.constexpr(-3.2e38)
-"""Score where there is no key, or no number: below all others, and finite."""
+"""Score of a missing key or of NaN: finite and below all other scores."""
 OUTSIDE = tl.constexpr(3.3e38)
-"""Beyond all scores."""
+"""Bound above the magnitude of all scores."""
 AT_A_TIME = tl.constexpr(4)
-"""Scores that a thread reads at once."""
+"""Number of scores that a thread reads at a time."""
 SECTOR = tl.constexpr(8)
-"""Scores of a sector of L2, which are of one lane."""
+"""Number of scores in a sector of the L2 cache; a sector belongs to one lane."""
 SECANTS = tl.constexpr(8)
-"""Of as many rounds the last halves the bracket."""
+"""Length of a cycle of search steps, the last of which is a bisection."""
 
 
 @triton.jit
 def put_scores(rows, start, scores, real_tiles, blocks: tl.constexpr, lanes: tl.constexpr):
-    """Store a block of scores [keys, tiles]: keys of one lane, which reads them, follow each other, sector by sector of
-    all lanes.
+    """Store a block of scores [keys, tiles] in the layout that `_block_of_scores` reads.
+
+    Each lane reads the scores of consecutive keys. In memory, the sectors of all lanes alternate.
     """
     runs: tl.constexpr = scores.shape[0] // AT_A_TIME
     first = start + tl.arange(0, runs) * AT_A_TIME
@@ -44,7 +46,7 @@ def put_scores(rows, start, scores, real_tiles, blocks: tl.constexpr, lanes: tl.
 
 @triton.jit
 def _block_of_scores(rows, number, lanes: tl.constexpr):
-    """Scores [tiles, lanes, AT_A_TIME] of tiles whose scores begin at `rows`."""
+    """Load a block of scores [tiles, lanes, AT_A_TIME] of the tiles whose scores start at `rows`."""
     start = number * AT_A_TIME // SECTOR * (SECTOR * lanes) + number * AT_A_TIME % SECTOR
     place = rows[:, None] + (start + tl.arange(0, lanes) * SECTOR)[None, :]
     together = tl.arange(0, AT_A_TIME)[None, :]
@@ -53,7 +55,7 @@ def _block_of_scores(rows, number, lanes: tl.constexpr):
 
 @triton.jit
 def _reached(values, score, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
-    """How many of each lane's scores reach `score`."""
+    """Count the scores of each lane that reach `score` (one per tile)."""
     counts = tl.zeros([share, lanes, AT_A_TIME], tl.float32)
     for n in tl.static_range(blocks):
         counts += tl.where(values[n] >= score[:, None][:, :, None], 1.0, 0.0)
@@ -62,7 +64,10 @@ def _reached(values, score, blocks: tl.constexpr, share: tl.constexpr, lanes: tl
 
 @triton.jit
 def _first_guess(sample, normal: tl.constexpr):
-    """Where the K-th score of a normal distribution with a sample's mean and deviation lies, and that deviation."""
+    """Estimate the K-th score by a normal distribution with the mean and standard deviation of a sample.
+
+    `normal` is the quantile of the standard normal distribution. The standard deviation is returned too.
+    """
     some = sample > NOTHING
     count = tl.maximum(tl.sum(tl.sum(some.to(tl.float32), 2), 1), 1.0)
     known = tl.where(some, sample, 0.0)
@@ -74,7 +79,7 @@ def _first_guess(sample, normal: tl.constexpr):
 
 @triton.jit
 def _middle(low, high):
-    """Halfway between two numbers, of those that float32 has: no more than 32 halvings reach neighbours."""
+    """Return the midpoint of two numbers in the order of float32 values, so at most 32 bisections reach neighbors."""
     low, high = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
     low, high = low ^ ((low >> 31) & 0x7FFFFFFF), high ^ ((high >> 31) & 0x7FFFFFFF)
     middle = (low & high) + ((low ^ high) >> 1)
@@ -91,12 +96,16 @@ def _thresholds(
     share: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """Of each tile a score that at least K reach, how many at it are wanted beside those above, K + 1 means all, and
-    then how many of each lane's reach it.
+    """Find the threshold of each tile.
 
-    At least K reach `low`, fewer `high`, until exactly K reach what is tried or nothing lies between. Tried next is
-    where the line through the last two numbers that reached says K do; first as if scores were normal, where one more
-    or less is `rarity` of their deviation. Tiles go together: the reductions of one wait for no other's.
+    At least K scores reach `low` and fewer reach `high`. The search ends if exactly K scores reach the tried value or
+    no float32 lies between `low` and `high`. The next value follows from the line through the last two counts
+    (secant). The first slope assumes normally distributed scores: one score more or less corresponds to `rarity`
+    standard deviations. All tiles are searched together, so that their reductions overlap.
+
+    Returns:
+        A score that at least K scores reach, the number of scores equal to it that are selected in addition to the
+        higher ones (K + 1: all), and in that case the number of scores of each lane that reach it.
     """
     tried, spread = _first_guess(values[0], normal)
     low, high = tl.full([share], -OUTSIDE, tl.float32), tl.full([share], OUTSIDE, tl.float32)
@@ -131,7 +140,7 @@ def _thresholds(
 
 @triton.jit
 def _apart(values):
-    """[tiles, lanes, 4] -> four of [tiles, lanes]."""
+    """Split [tiles, lanes, 4] into four tensors [tiles, lanes]."""
     even, odd = tl.split(tl.reshape(values, [values.shape[0], values.shape[1], 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -140,7 +149,7 @@ def _apart(values):
 
 @triton.jit
 def _list_reached(rows, lists, score, mine, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
-    """Write each tile's indices of what reaches its score, ascending."""
+    """Write the ascending indices of the scores that reach the threshold of each tile."""
     column = tl.broadcast_to((tl.arange(0, lanes) * (AT_A_TIME * blocks))[None, :], [share, lanes])
     place = lists[:, None] + (tl.cumsum(mine, 1) - mine)
     for n in range(blocks):
@@ -154,9 +163,9 @@ def _list_reached(rows, lists, score, mine, blocks: tl.constexpr, share: tl.cons
 
 @triton.jit
 def _list_with_ties(rows, lists, score, wanted, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
-    """Write each tile's indices of what lies above its score and of the first `wanted` at it, ascending."""
+    """Write the ascending indices of the scores above each tile's threshold and of the first `wanted` equal to it."""
     column = tl.broadcast_to((tl.arange(0, lanes) * (AT_A_TIME * blocks))[None, :], [share, lanes])
-    # One prefix sum counts both: above in the high half, equal in the low one.
+    # One prefix sum counts both: higher scores in the upper 16 bits, equal scores in the lower 16 bits.
     mine = tl.zeros([share, lanes], tl.int32)
     for n in range(blocks):
         four = _apart(_block_of_scores(rows, n, lanes))
@@ -185,12 +194,15 @@ def list_best(
     share: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """Write the indices of the K highest of `share` tiles, whose scores begin at `rows`, ties to the lower index."""
+    """Write the ascending indices of the K highest scores of `share` tiles; ties go to the lower index.
+
+    The scores of the tiles start at `rows`, their key lists at `lists`.
+    """
     values = ()
     for n in tl.static_range(blocks):
         values = values + (_block_of_scores(rows, n, lanes),)
     thresholds, wanted, mine = _thresholds(values, keys, normal, rarity, blocks, share, lanes)
-    # A lane's scores lie next to each other: how many win before them says where its own go.
+    # Each lane holds consecutive keys, so the counts of the preceding lanes give the position of its first index.
     if tl.min(wanted, 0) > keys:
         _list_reached(rows, lists, thresholds, mine, blocks, share, lanes)
     else:

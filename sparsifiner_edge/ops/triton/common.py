@@ -1,7 +1,7 @@
-"""What the kernels share: reading and writing rows of heads, and values in parts.
+"""Shared functions of the kernels: loading and storing rows of a head, and splitting values into two parts.
 
-Names follow `schema.py`; every size is a compile-time constant, so a kernel takes pointers alone. `block_*` are powers
-of two of at least 16, as the matrix units want; rows and columns beyond the real sizes are read as zeros and not
+Names follow `schema.py`. All sizes are compile-time constants, so a kernel takes only pointers. `block_*` are powers of
+two of at least 16, as the tensor cores require. Rows and columns beyond the real sizes are read as zeros and not
 written.
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(base, rows, stride: tl.constexpr, real, width: tl.constexpr, block_d: tl.constexpr):
-    """Rows of `width` elements at base + row x stride -> [rows, block_d], zeros where not real."""
+    """Load rows of `width` elements at base + row x stride as [rows, block_d], with zeros where `real` is false."""
     columns = tl.arange(0, block_d)
     mask = real[:, None]
     if block_d != width:
@@ -24,7 +24,7 @@ def load_rows(base, rows, stride: tl.constexpr, real, width: tl.constexpr, block
 
 @triton.jit
 def store_rows(base, rows, stride: tl.constexpr, real, width: tl.constexpr, block_d: tl.constexpr, values):
-    """The inverse of `load_rows`, cast to the element type of `base`."""
+    """Store rows at base + row x stride where `real` is true, cast to the element type of `base`."""
     columns = tl.arange(0, block_d)
     mask = real[:, None]
     if block_d != width:
@@ -34,13 +34,13 @@ def store_rows(base, rows, stride: tl.constexpr, real, width: tl.constexpr, bloc
 
 @triton.jit
 def in_parts(values, dtype: tl.constexpr):
-    """float32 values = high + low, both of `dtype`: twice its significant bits."""
+    """Split float32 values into high + low, both of `dtype`, which doubles its number of significant bits."""
     high = values.to(dtype)
     return high, (values - high.to(tl.float32)).to(dtype)
 
 
 @triton.jit
 def reciprocal(values):
-    """1 / values, where they are positive, to 21 bits: half the instructions of a division."""
+    """Return 1 / values for positive values, accurate to 21 bits, in half the instructions of a division."""
     root = tl.rsqrt(values)
     return root * root

@@ -1,15 +1,18 @@
-"""Compile a schedule's kernels for a GPU that need not be there: PTX, a cubin and what a launch needs to know.
+"""Ahead-of-time compilation of a schedule's kernels to PTX and cubin, without the target GPU.
 
     for code in compile_schedule(schedule_layer(shapes, attributes, "float16"), 87):
         code.ptx, code.symbol, code.launch.grid, code.launch.warps, code.shared, code.arguments
 
-A program in any language can launch them with the driver API, in the schedule's order on one stream:
-`cuModuleLoadData(cubin)`, `cuModuleGetFunction(symbol)`, above 48 KiB of shared memory
-`cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)`, then
-`cuLaunchKernel(grid, (32 warps, 1, 1), shared, stream, pointers)`. `pointers` are the addresses of `arguments` in
-order, each aligned to 16 bytes, and null pointers behind them for what the PTX declares beyond (Triton's own scratch,
-of size 0 here). Scratch buffers need no initial values. Sizes are constants of the code: a changed batch changes
-`grid[2]` and the buffers' first axis, anything else needs another compilation.
+A program in any language can launch the kernels with the CUDA driver API, in the order of the schedule on one stream:
+
+1. `cuModuleLoadData(cubin)` and `cuModuleGetFunction(symbol)`.
+2. `cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)` if `shared` is above 48 KiB.
+3. `cuLaunchKernel(grid, (32 warps, 1, 1), shared, stream, pointers)`.
+
+`pointers` are the addresses of `arguments` in order, each aligned to 16 bytes. They are followed by null pointers for
+the remaining parameters in the PTX (Triton's own scratch memory, of size 0 here). Scratch buffers need no
+initialization. Sizes are constants in the code. Another batch size changes only `grid[2]` and the first axis of the
+buffers; any other change requires another compilation.
 """
 
 from __future__ import annotations
@@ -25,10 +28,11 @@ from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.ops.triton.schedule import LEAST_CAPABILITY, Buffer, Constant, Launch, Schedule, fit
 
 CAPABILITIES = (80, 86, 87, 89, 90, 100, 110, 120)
-"""What is compiled for in tests: A100, RTX 30, Orin, RTX 40, H100, B200, Thor, RTX 50."""
+"""Compute capabilities (times ten) covered by tests: A100, RTX 30, Orin, RTX 40, H100, B200, Thor, RTX 50."""
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
+"""Triton pointer types by element type."""
 OPTIONS = {"enable_fp_fusion": True}
-"""Set explicitly, since Triton's default changes from 3.9 to 3.10."""
+"""Compiler options. They are explicit because Triton's default changes from 3.9 to 3.10."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +40,13 @@ class Compiled:
     """A compiled launch.
 
     Attributes:
-        launch: as it is for this GPU (`fit`). symbol: the function's name in cubin and PTX.
-        capability: compute capability times ten. From 90 on the code is for that one alone (sm_90a).
-        cubin, ptx: machine code, and the assembly that it was made from.
-        shared: dynamic shared memory in bytes. arguments: buffers whose addresses the kernel takes, in order.
+        launch: The launch, adapted to the GPU by `fit`.
+        symbol: Name of the function in the cubin and the PTX.
+        capability: Compute capability times ten. From 90 on, the code runs only on this capability (sm_90a).
+        cubin: Machine code.
+        ptx: Assembly from which the machine code was made.
+        shared: Dynamic shared memory in bytes.
+        arguments: Buffers whose addresses the kernel takes, in order.
     """
 
     launch: Launch
@@ -52,16 +59,20 @@ class Compiled:
 
 
 def compile_schedule(schedule: Schedule, capability: int, ptx_version: int | None = None) -> list[Compiled]:
-    """Compile every launch of a schedule, in order. Takes .3 to 3 s each, unless in Triton's cache.
+    """Compile every launch of a schedule, in order.
+
+    Each launch takes 0.3 to 3 s, unless it is in Triton's cache.
 
     Args:
-        capability: compute capability times ten.
-        ptx_version: PTX version times ten, such as 85 for CUDA 12.6; by default the newest that Triton's assembler
-            knows. `TRITON_PTXAS_PATH` names another assembler, such as an older toolkit's for a board's older driver.
+        schedule: Schedule to compile.
+        capability: Compute capability times ten.
+        ptx_version: PTX version times ten, such as 85 for CUDA 12.6. The default is the newest version that Triton's
+            assembler supports. The environment variable `TRITON_PTXAS_PATH` selects another assembler, such as that of
+            an older toolkit for the older driver of a board.
 
     Raises:
         MissingExtraError: Triton is not installed.
-        BackendError: the capability is too low, Triton interprets, or it does not compile.
+        BackendError: The compute capability is too low, Triton's interpreter is active, or a kernel does not compile.
     """
     return [compile_launch(schedule, launch, capability, ptx_version) for launch in schedule.launches]
 
@@ -103,22 +114,27 @@ def compile_launch(schedule: Schedule, launch: Launch, capability: int, ptx_vers
 
 
 def resources(code: Compiled, program: Path | None = None) -> tuple[int, int]:
-    """Registers of a thread, and bytes of them that had to go to memory, as an assembler says; None: Triton's."""
+    """Return the registers per thread and the spilled bytes that an assembler reports for a compiled kernel.
+
+    Args:
+        code: Compiled kernel.
+        program: Path of the assembler; None selects Triton's.
+    """
     import triton.backends.nvidia
 
     programs = Path(triton.backends.nvidia.__file__).parent / "bin"
-    newer = programs / "ptxas-blackwell"  # Triton may have a second one, for newer PTX.
+    newer = programs / "ptxas-blackwell"  # Triton may include a second assembler for newer PTX.
     program = program or (newer if newer.is_file() else programs / "ptxas")
     target = re.search(r"^\.target\s+(\w+)", code.ptx, re.MULTILINE)
     command = [str(program), "-v", f"-arch={target[1] if target else ''}", "-o", os.devnull, "-"]
     done = subprocess.run(command, input=code.ptx, capture_output=True, text=True, check=True)
-    said = done.stdout + done.stderr
-    registers, spilled = (re.search(x, said) for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+    output = done.stdout + done.stderr
+    registers, spilled = (re.search(x, output) for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
     return int(registers[1]) if registers else 0, int(spilled[1]) if spilled else 0
 
 
 def kernel(name: str) -> Any:
-    """A kernel by the name in `schedule.Launch.kernel`. It does not need torch.
+    """Return a kernel by the name in `schedule.Launch.kernel`. It does not require torch.
 
     Raises:
         ImportError: Triton is not installed.
@@ -129,12 +145,13 @@ def kernel(name: str) -> Any:
 
 
 def _function(name: str, capability: int) -> Any:
+    """Return a kernel after checking that it can be compiled for a compute capability (times ten)."""
     if capability < LEAST_CAPABILITY:
         raise BackendError(
             f"Compute capability {capability / 10} is too low for the kernels.",
-            f"They need {LEAST_CAPABILITY / 10} or more.",
+            f"The kernels require {LEAST_CAPABILITY / 10} or more.",
         )
-    if os.environ.get("TRITON_INTERPRET") == "1":  # Checked first: kernels stay as imported.
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Check this first: an imported kernel stays interpreted.
         raise BackendError("TRITON_INTERPRET=1 interprets kernels and cannot compile them.", "Unset it.")
     try:
         return kernel(name)

@@ -1,14 +1,15 @@
 """MatchTokens and MergeTokens on a GPU.
 
-    keys [P,H,d] ─► metric [P,d]: mean over the heads, of length 1
-                 ─► partners: of each seeker (even patch) the one most alike of its window, and how alike
-                 ─► suitors: of each sought (odd patch) the suitor most alike, and how alike as an integer
-                 ─► pairs: a program for an image finds the integer that the `merged` highest reach, bit by bit, and
-                    places everything with prefix sums: no sort
+    keys [P,H,d] ─► metric [P,d]: mean over the heads, divided by its length
+                 ─► partners: for each even patch, the most similar odd patch in its window, and the similarity
+                 ─► suitors: for each odd patch, the most similar even patch that chose it; similarity as an integer
+                 ─► pairs: one program per image finds the threshold that the `merged` highest integers reach, bit by
+                    bit, and positions all tokens with prefix sums, without sorting
 
     x [N,C], pairs [M,2] ─► merge: [M,C]
 
-Products are in float32 and not of the matrix units, in one order whatever the place: tokens that are equal tie.
+Even patches are `seekers`, odd patches are `sought`. Dot products are computed in float32 without tensor cores, always
+in the same order, so equal tokens have equal similarities.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -21,13 +22,13 @@ import triton.language as tl
 from sparsifiner_edge.ops.triton.common import load_rows, store_rows
 
 BROKEN = tl.constexpr(-1e30)
-"""How alike tokens are at least, and what NaN counts as."""
+"""Lower bound of the similarity of two tokens; NaN counts as this value."""
 NOBODY = tl.constexpr(-3e30)
-"""Less than that."""
+"""Similarity that stands for "no partner"; it is below every real similarity."""
 AT_ONCE = tl.constexpr(512)
-"""Pairs that are read again together."""
+"""Number of pairs that are read back at a time."""
 TOGETHER = tl.constexpr(4)
-"""Heads whose keys are loaded at once."""
+"""Number of heads whose keys are loaded at a time."""
 
 
 @triton.jit
@@ -41,7 +42,10 @@ def metric_kernel(
     block_p: tl.constexpr,
     block_d: tl.constexpr,
 ):
-    """Grid (P / block_p, 1, B): [B,P,d], the mean of each patch's keys over the heads, divided by its length."""
+    """Compute the metric [B,P,d]: the mean of each patch's keys over the heads, divided by its length.
+
+    Grid: (P / block_p, 1, B).
+    """
     patches: tl.constexpr = tokens - prefix
     stride: tl.constexpr = 3 * heads * width
     image = tl.program_id(2).to(tl.int64)
@@ -72,7 +76,10 @@ def partners_kernel(
     block_o: tl.constexpr,
     block_d: tl.constexpr,
 ):
-    """Grid (E / block_e, 1, B): of each seeker how alike its best partner is, and which of the sought that is [B,E]."""
+    """Compute for each even patch the similarity to its best partner, and the index of that odd patch, both [B,E].
+
+    Grid: (E / block_e, 1, B).
+    """
     patches: tl.constexpr = tokens - prefix
     seekers: tl.constexpr = (patches + 1) // 2
     image = tl.program_id(2).to(tl.int64)
@@ -94,7 +101,7 @@ def partners_kernel(
         b = tl.load(sizes + 2 * places + 1, mask=real, other=1.0)
         near = tl.sum(seek[:, None, :] * sought, 2) - 1.0
         alike = tl.sqrt_rn(tl.div_rn(a * b, a + b)) * near
-        alike = tl.where(real, tl.where(alike > BROKEN, alike, BROKEN), NOBODY)  # NaN is not above
+        alike = tl.where(real, tl.where(alike > BROKEN, alike, BROKEN), NOBODY)  # false for NaN
         top = tl.max(alike, 1)
         first = tl.min(tl.where(alike == top[:, None], places, patches), 1)
         which = tl.where(top > highest, first, which)
@@ -114,8 +121,9 @@ def suitors_kernel(
     block_j: tl.constexpr,
     block_o: tl.constexpr,
 ):
-    """Grid (O / block_j, 1, B): of each sought its best suitor, or -1, and how alike that is, as an integer of the same
-    order [B,O].
+    """Compute for each odd patch its best suitor, or -1, and their similarity as an integer, both [B,O].
+
+    The integers have the same order as the similarities. Grid: (O / block_j, 1, B).
     """
     seekers: tl.constexpr = (patches + 1) // 2
     image = tl.program_id(2).to(tl.int64)
@@ -132,7 +140,7 @@ def suitors_kernel(
         first = tl.min(tl.where(alike == top[:, None], e, patches), 1)
         which = tl.where(top > highest, first, which)
         highest = tl.maximum(highest, top)
-    bits = tl.where(highest == 0.0, 0.0, highest).to(tl.int32, bitcast=True)  # -0 is 0
+    bits = tl.where(highest == 0.0, 0.0, highest).to(tl.int32, bitcast=True)  # maps -0 to 0
     place = image * (patches // 2) + j
     tl.store(score + place, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), mask=j < patches // 2)
     tl.store(suitor + place, which, mask=j < patches // 2)
@@ -140,10 +148,10 @@ def suitors_kernel(
 
 @triton.jit
 def _winners(score, real, merged: tl.constexpr):
-    """Which are the `merged` highest of integers, the first of equal ones."""
+    """Return the mask of the `merged` highest integers; ties go to the lower index."""
     least = tl.full([], -(2**31), tl.int32)
     for n in range(32):
-        # The least integer that has the bits found so far and the next one; the first bit is the sign's.
+        # The smallest integer with the bits found so far and the next one. The first bit is the sign.
         higher = least ^ (tl.full([], 1, tl.int32) << (31 - n))
         reached = tl.sum((real & (score >= higher)).to(tl.int32), 0)
         least = tl.where(reached >= merged, higher, least)
@@ -167,8 +175,11 @@ def pairs_kernel(
     merged: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Grid (1, 1, B): who merges with whom. chosen [B,O]: suitor of a winner, or -1. free [B,E]: seekers left over.
-    after [B,P], if it is there: the new token, counted from the first patch, that each patch is in.
+    """Compute the pairs of tokens to merge.
+
+    Grid: (1, 1, B). Scratch buffers are `chosen` [B,O], the suitor of each selected odd patch or -1, and `free` [B,E],
+    the unmatched even patches. The optional output `after` [B,P] is the index of the new token that contains each
+    patch, counted from the first patch.
     """
     patches: tl.constexpr = tokens - prefix
     seekers: tl.constexpr = (patches + 1) // 2
@@ -184,16 +195,16 @@ def pairs_kernel(
     tl.store(chosen + n, second, mask=n < sought)
     alone = wins & (second < 0)
     count = tl.sum(alone.to(tl.int32), 0)
-    tl.debug_barrier()  # what all threads wrote is read below
+    tl.debug_barrier()  # values written by all threads are read below
     taken = tl.load(chosen + tl.load(partner + n, mask=n < seekers, other=0), mask=n < seekers, other=-1) == n
     spare = (n < seekers) & (taken == 0)
-    spares = tl.cumsum(spare.to(tl.int32), 0)  # up to this one
+    spares = tl.cumsum(spare.to(tl.int32), 0)  # up to and including this one
     tl.store(free + spares - 1, n, mask=spare & (spares <= count))
     tl.debug_barrier()
-    # Winners without a suitor, in their order, take the free seekers in theirs.
+    # Selected odd patches without a suitor are paired with the free even patches, both in ascending order.
     number = tl.cumsum(alone.to(tl.int32), 0) - 1
     second = tl.where(alone, tl.load(free + number, mask=alone, other=0), second)
-    gone = n + 1 - spares + tl.minimum(spares, count)  # up to this one
+    gone = n + 1 - spares + tl.minimum(spares, count)  # up to and including this one
     even, odd = prefix + 2 * n, prefix + 2 * n + 1
     stays = spare & (spares > count)
     tl.store(pairs + 2 * (even - gone), even, mask=stays)
@@ -203,7 +214,7 @@ def pairs_kernel(
     for start in range(0, 2 * prefix, block):
         tl.store(pairs + start + n, (start + n) // 2, mask=start + n < 2 * prefix)
     if after is not None:
-        tl.debug_barrier()  # Read again: as much at once as above would not fit into registers.
+        tl.debug_barrier()  # Pairs are read back in parts: all at once would not fit into registers.
         for start in range(prefix, tokens - merged, AT_ONCE):
             row = start + tl.arange(0, AT_ONCE)
             for side in tl.static_range(2):
@@ -230,9 +241,11 @@ def merge_kernel(
     block_c: tl.constexpr,
     block_w: tl.constexpr,
 ):
-    """Grid (M / block_m x C / block_c, 1, B): each pair's mean by size. Places out of range are brought into it. If
-    they are there, sizes_out [B,M] is the pairs' sums, and places_out [B,whole] where each original patch is now,
-    which was at `places`, or where none merged before at its own place.
+    """Compute the mean of each pair, weighted by size.
+
+    Grid: (M / block_m x C / block_c, 1, B). Indices out of range are clamped. Two more outputs are optional:
+    `sizes_out` [B,M], the sum of the sizes of each pair, and `places_out` [B,whole], the new token index of each
+    original patch. Its index before is in `places`, or is its own index if no tokens were merged before.
     """
     parts: tl.constexpr = (channels + block_c - 1) // block_c
     image = tl.program_id(2).to(tl.int64)

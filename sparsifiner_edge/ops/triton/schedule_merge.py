@@ -1,4 +1,4 @@
-"""Schedules of MatchTokens and MergeTokens, apart or together; see `schedule.py`."""
+"""Schedules of MatchTokens and MergeTokens, separately or together; see `schedule.py`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ from sparsifiner_edge.ops.operator import Attributes, Shapes
 from sparsifiner_edge.ops.triton.schedule import Buffer, Launch, Schedule, power_of_two
 
 OFFSETS = 16
-"""Of a window, that are looked at together."""
+"""Maximum number of window offsets per block in `partners` and `suitors`."""
 PRODUCTS = 8192
-"""That a program of `partners` holds at a time: 64 of a thread."""
-BLOCK_P, BLOCK_J, BLOCK_M = 16, 32, 8
-"""Patches of a program of `metric`, sought of `suitors`, pairs of `merge`."""
+"""Number of products that a program of `partners` holds at a time: 64 per thread."""
+BLOCK_P = 16
+"""Number of patches per program of `metric`."""
+BLOCK_J = 32
+"""Number of odd patches per program of `suitors`."""
+BLOCK_M = 8
+"""Number of pairs per program of `merge`."""
 CHANNELS = 256
-"""Of a row that a program of `merge` has, at most."""
-SEEKERS_OF_WARP, MOST_WARPS = 256, 16
-"""Of `pairs`: eight or sixteen of a thread, which has 128 registers at most."""
+"""Maximum number of channels per program of `merge`."""
+SEEKERS_OF_WARP = 256
+"""Number of even patches per warp of `pairs`: eight per thread, or sixteen where `MOST_WARPS` limits the warps."""
+MOST_WARPS = 16
+"""Maximum number of warps of `pairs`, so that each thread has 128 registers."""
 _CARRIED = ("after", "places", "sizes_out", "places_out")
-"""Parameters of `merge` that are there where sizes and places are carried on."""
+"""Optional parameters of `merge`, used where it also updates sizes and positions."""
 
 
 def schedule_merging(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedule:
-    """Both, and what goes on with the tokens: qkv, sizes, x, places -> output, sizes_out, places_out. Five launches.
+    """Return the schedule of MatchTokens, MergeTokens and the update of sizes and positions, in five launches.
+
+    Inputs are qkv, sizes, x and places. Outputs are output, sizes_out and places_out.
 
     Args:
-        shapes: of qkv, sizes and x, and of places [B,P], the token of each original patch, where tokens merged before.
+        shapes: Shapes of qkv, sizes and x. If tokens were merged before, also that of places [B,P], the token index of
+            each original patch.
+        attributes: Attributes of MatchTokens.
+        dtype: Element type of qkv and x.
     """
     (batch, tokens, _), whole = shapes[2], shapes[3][1] if shapes[3:] else 0
     patches, rows = tokens - int(attributes["num_prefix"]), tokens - int(attributes["merged"])
@@ -50,12 +61,12 @@ def schedule_merging(shapes: Shapes, attributes: Attributes, dtype: str) -> Sche
         Buffer("places_out", "int32", (batch, whole or patches), "output"),
         *(Buffer("places", "int32", (batch, size), "input") for size in (whole,) if size),
     )
-    # Of what both have, pairs are what is matched, an output.
+    # `pairs` is in both: the output of MatchTokens takes precedence over the input of MergeTokens.
     return Schedule(merge.buffers | match.buffers | {buffer.name: buffer for buffer in buffers}, launches)
 
 
 def schedule_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedule:
-    """MatchTokens: qkv, sizes -> pairs. Four launches."""
+    """Return the schedule of MatchTokens, from qkv and sizes to pairs, in four launches."""
     batch, tokens, packed = shapes[0]
     heads, prefix, merged = (int(attributes[name]) for name in ("num_heads", "num_prefix", "merged"))
     patches, width = tokens - prefix, packed // (3 * heads)
@@ -104,7 +115,7 @@ def schedule_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedu
 
 
 def schedule_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Schedule:
-    """MergeTokens: x, sizes, pairs -> output. One launch."""
+    """Return the schedule of MergeTokens, from x, sizes and pairs to output, in one launch."""
     batch, tokens, channels = shapes[0]
     rows = shapes[2][1]
     buffers = (

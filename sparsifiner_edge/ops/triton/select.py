@@ -1,11 +1,11 @@
-"""KeySelect on a GPU: summarise -> select, a program for some tiles.
+"""KeySelect on a GPU, after `summarise`: `select`, in which each program handles several tiles.
 
-    projected [P,c] ─┬► two passes over the keys: each probe's log-sum-exp, each tile's scores
-    probes [G,c] ────┤                     ─► scores [T,P] (stay in cache)
-    deviation [P] ───┘                     ─► a tile's threshold ─► indices [T,K]
+    projected [P,c] ───────┬► two passes over the keys: log-sum-exp of each pooled query, scores of each tile
+    pooled_queries [G,c] ──┤                            ─► scores [T,P] (stay in cache)
+    deviation [P] ─────────┘                            ─► threshold of each tile ─► indices [T,K]
 
-Logits are one product of the matrix units; keys are its rows, so that a tile's probes are columns of one thread.
-Thresholds and lists are `best.py`'s.
+Logits are computed by tensor cores. Keys are the rows of the product, so the pooled queries of a tile are columns of
+the same thread. `best.py` computes thresholds and key lists.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -20,17 +20,27 @@ from sparsifiner_edge.ops.triton.best import AT_A_TIME, NOTHING, list_best, put_
 from sparsifiner_edge.ops.triton.common import load_rows
 
 GREATEST = tl.constexpr(3.0e38)
-"""Of scores, either way."""
+"""Maximum magnitude of a score."""
 MOST_ABOVE = tl.constexpr(100.0)
-"""Of a logit (base 2), above the greatest of a probe's first block of keys: 2^100 times 16384 is a float32 yet."""
+"""Maximum of a logit (base 2) above the largest one of the first block of keys.
+
+The sum of 16384 weights of 2^100 is still within the range of float32.
+"""
 
 
 class _Sizes(NamedTuple):
-    """Constants that functions share.
+    """Constants shared by the functions.
 
     Attributes:
-        share: tiles of a program. beside: columns of a product that are of one tile and next to each other.
-        blocks, lanes: blocks of scores of a thread, and threads of a tile. depth: elements from one row to the next.
+        patches: Number of patches.
+        share: Number of tiles per program.
+        beside: Number of adjacent columns of a product that belong to the same tile.
+        blocks: Number of blocks of scores per thread.
+        lanes: Number of threads per tile.
+        depth: Elements from one projected row to the next.
+        block_g: Number of pooled queries per program.
+        block_n: Number of keys per block.
+        block_c: Padded number of predictor channels.
     """
 
     patches: tl.constexpr
@@ -46,7 +56,7 @@ class _Sizes(NamedTuple):
 
 @triton.jit
 def _load_keys(projected, sizes, start, s, masked: tl.constexpr):
-    """A block of projected keys, log2 of their sizes, and which there are."""
+    """Load a block of projected keys, log2 of their sizes, and the mask of existing keys."""
     rows = start + tl.arange(0, s.block_n)
     real = rows < s.patches
     columns = tl.arange(0, s.block_c)
@@ -63,9 +73,10 @@ def _load_keys(projected, sizes, start, s, masked: tl.constexpr):
 
 @triton.jit
 def _logits(queries, projected, sizes, start, less, s, masked: tl.constexpr):
-    """Logits in base 2 of a block of keys against probes [N,c], less `less` of each probe; -inf where no key is.
+    """Return the base-2 logits of a block of keys for each pooled query, minus `less`; -inf for missing keys.
 
-    Products begin with what is taken off: additions have less time than the matrix units.
+    The accumulator of the product starts with the subtrahend `less` (one per pooled query). The tensor cores have time
+    to spare, separate subtractions do not.
     """
     keys, logs, real = _load_keys(projected, sizes, start, s, masked)
     logits = tl.dot(keys, tl.trans(queries), tl.broadcast_to(-less[None, :], [s.block_n, s.block_g]))
@@ -76,13 +87,15 @@ def _logits(queries, projected, sizes, start, less, s, masked: tl.constexpr):
 
 @triton.jit
 def _log_sums(queries, projected, sizes, s):
-    """Of each probe log2 of the sum of exp2(logit), from the greatest logit of the first block on: further ones may be
-    far above it (`MOST_ABOVE`), further below they add nothing.
+    """Return log2 of the sum of exp2(logit) for each pooled query (first pass).
+
+    Weights are relative to the largest logit of the first block. Later logits may be up to `MOST_ABOVE` above it.
+    Logits far below it add nothing.
     """
     full: tl.constexpr = s.patches // s.block_n * s.block_n
     none = tl.zeros([s.block_g], tl.float32)
     tops = tl.max(_logits(queries, projected, sizes, 0, none, s, full == 0), 0)
-    tops = tl.maximum(tops, -GREATEST)  # finite, where all are NaN
+    tops = tl.maximum(tops, -GREATEST)  # finite if all are NaN
     totals = tl.zeros([s.block_n, s.block_g], tl.float32)
     for start in range(0, full, s.block_n):
         totals += tl.exp2(tl.minimum(_logits(queries, projected, sizes, start, tops, s, False), MOST_ABOVE))
@@ -93,7 +106,7 @@ def _log_sums(queries, projected, sizes, s):
 
 @triton.jit
 def _store_scores(queries, projected, sizes, deviation, rows, start, lse, real_tiles, s, masked: tl.constexpr):
-    """Second pass: a tile's score for each key of a block, the greatest over the tile's columns."""
+    """Store each tile's scores of a block of keys (second pass): the maximum over the columns of the tile."""
     keys, logs, real = _load_keys(projected, sizes, start, s, masked)
     logits = tl.dot(keys, tl.trans(queries), tl.broadcast_to(-lse[None, :], [s.block_n, s.block_g]))
     apart: tl.constexpr = s.block_g // s.share // s.beside
@@ -101,7 +114,7 @@ def _store_scores(queries, projected, sizes, deviation, rows, start, lse, real_t
     if sizes is not None:
         best += logs[:, None]
     best += tl.load(deviation + start + tl.arange(0, s.block_n), mask=real, other=0.0)[:, None]
-    best = tl.minimum(tl.maximum(best, NOTHING), GREATEST)  # of NaN the other
+    best = tl.minimum(tl.maximum(best, NOTHING), GREATEST)  # for NaN, both return the other operand
     if masked:
         best = tl.where(real[:, None], best, NOTHING)
     put_scores(rows, start, best, real_tiles, s.blocks, s.lanes)
@@ -110,7 +123,7 @@ def _store_scores(queries, projected, sizes, deviation, rows, start, lse, real_t
 @triton.jit
 def select_kernel(
     sizes,
-    probes,
+    pooled_queries,
     projected,
     deviation,
     scores,
@@ -118,7 +131,7 @@ def select_kernel(
     tokens: tl.constexpr,
     heads: tl.constexpr,
     prefix: tl.constexpr,
-    probe: tl.constexpr,
+    query_pool: tl.constexpr,
     per_tile: tl.constexpr,
     tiles: tl.constexpr,
     keys: tl.constexpr,
@@ -134,13 +147,14 @@ def select_kernel(
     block_n: tl.constexpr,
     block_c: tl.constexpr,
 ):
-    """Grid (T / share, H, B): the K highest scores of each tile, ties to the lower index, ascending.
+    """Store the ascending indices of the K highest scores of each tile; ties go to the lower index.
 
-    A program has `share` tiles of the block_g probes that it asks by. Scores of a tile are `pitch` apart, whole blocks,
-    so that they are read without masks and 16 bytes at a time; those of `group` tiles fit into registers.
+    Grid: (T / share, H, B). A program handles `share` tiles with block_g pooled queries in total. Scores of consecutive
+    tiles are `pitch` apart, a multiple of the blocks, so they are read without masks and 16 bytes at a time. The scores
+    of `group` tiles fit into registers.
     """
     patches: tl.constexpr = tokens - prefix
-    asking: tl.constexpr = (patches + probe - 1) // probe
+    asking: tl.constexpr = (patches + query_pool - 1) // query_pool
     blocks: tl.constexpr = pitch // (AT_A_TIME * lanes)
     s: tl.constexpr = _Sizes(patches, share, beside, blocks, lanes, depth, block_g, block_n, block_c)
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -153,7 +167,7 @@ def select_kernel(
     tile, number = before + column // beside % share, column // (beside * share) * beside + column % beside
     asks = tile * per_tile + number
     there = (number < per_tile) & (asks < asking) & (tile < tiles)
-    queries = load_rows(probes + lane * asking * depth, asks, depth, there, depth, block_c)
+    queries = load_rows(pooled_queries + lane * asking * depth, asks, depth, there, depth, block_c)
     lse = tl.where(there, _log_sums(queries, projected, weights, s), float("inf"))
     each = before + tl.arange(0, share)
     rows = scores + lane * tiles * pitch + tl.minimum(each, tiles - 1) * pitch
@@ -164,9 +178,9 @@ def select_kernel(
         _store_scores(queries, projected, weights, deviation, rows, full, lse, each < tiles, s, True)
     for start in tl.static_range((patches + block_n - 1) // block_n * block_n, pitch, block_n):
         put_scores(rows, start, tl.full([block_n, share], NOTHING, tl.float32), each < tiles, blocks, lanes)
-    tl.debug_barrier()  # what all threads wrote is read below
+    tl.debug_barrier()  # values written by all threads are read below
     for number in range(0, share, group):
-        # What there is no tile for does as the last one does, and writes the same.
+        # Missing tiles repeat the last one and write the same values.
         chosen = tl.minimum(before + number + tl.arange(0, group), tiles - 1)
         list_best(
             scores + lane * tiles * pitch + chosen * pitch,

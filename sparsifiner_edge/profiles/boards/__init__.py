@@ -1,1 +1,1 @@
-"""Reading and checking boards, one TOML file each: `profiles/boards` at the root."""
+"""Loading and validation of boards, which are TOML files in `profiles/boards` at the root of the repository."""

@@ -1,4 +1,4 @@
-"""Boards: what an estimate or a build needs to know of a device, as validated TOML with a source for every value."""
+"""Boards: specifications of a device for estimates and builds, as validated TOML with a source for every value."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ Peak = Annotated[float, Meta(ge=0, le=1e5)]
 
 
 class PowerMode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A power mode, such as nvpmodel's: it caps clocks, and what power it is named after.
+    """Power mode of a board, such as a mode of nvpmodel: it caps clocks and switches off cores.
 
     Attributes:
-        id: number that the tool takes. name: as the tool prints it.
-        cap_w: watts it is meant for; 0: none is stated.
-        gpu_ghz: highest GPU clock. cuda_cores: those that are switched on. bandwidth_gb_s: at the memory clock's cap.
-            Each 0: as without the mode.
+        id: Number of the mode in nvpmodel.
+        name: Name that nvpmodel prints.
+        cap_w: Power budget in watts; 0 if none is stated.
+        gpu_ghz: Highest GPU clock in GHz; 0 if the mode does not change it.
+        cuda_cores: Number of CUDA cores that are switched on; 0 if the mode does not change it.
+        bandwidth_gb_s: Memory bandwidth in 1e9 bytes per second at the mode's memory clock; 0 if the mode does not
+            change it.
     """
 
     id: Annotated[int, Meta(ge=0, le=255)]
@@ -44,7 +47,14 @@ class PowerMode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Versions of what a JetPack release installs; those of CUDA and TensorRT are numbers with points between."""
+    """Software versions of a JetPack release.
+
+    Attributes:
+        version: Version of JetPack.
+        cuda: Version of CUDA, numbers separated by points.
+        tensorrt: Version of TensorRT, numbers separated by points.
+        python: Version of Python.
+    """
 
     version: Text
     cuda: Version
@@ -53,20 +63,29 @@ class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A device. Peaks are dense (no structured sparsity), counted as two operations per multiply-accumulate.
+    """Specifications of a device.
+
+    Peaks are dense (without structured sparsity) and count two operations per multiply-accumulate.
 
     Attributes:
-        name: as `--board` takes it. title: as people say it.
+        name: Name that `--board` takes.
+        title: Name for people.
         kind: "gpu" or "cpu".
-        sm: CUDA compute capability times ten, such as 87; 0 for a CPU. cuda_cores: of the GPU; 0 for a CPU.
-        clock_ghz: highest clock (boost), at which the peaks hold.
-        fp32_tflops: of plain float32 arithmetic. tf32_tflops: of float32 rounded to 19 bits in tensor cores; 0: none.
-        fp16_tflops: products of float16, summed in float32; 0: none. int8_tops: 0: none.
-        memory_gb, bandwidth_gb_s: 1e9 bytes.
-        tdp_w: most power, of the module or card. idle_w: power at rest; 0: not known.
-        power_modes, jetpack: empty where the device has none.
-        sources: a public document, or the computation, by key; one key for each value or list of values above.
-        unverified: keys whose value no document confirmed.
+        clock_ghz: Highest (boost) clock in GHz, at which the peaks apply.
+        fp32_tflops: Peak of float32 arithmetic.
+        memory_gb: Memory in 1e9 bytes.
+        bandwidth_gb_s: Memory bandwidth in 1e9 bytes per second.
+        tdp_w: Maximum power of the module or card in watts.
+        sources: Public document or computation behind each value, by key; one key per value or list of values.
+        sm: CUDA compute capability times ten, such as 87; 0 for a CPU.
+        cuda_cores: Number of CUDA cores of the GPU; 0 for a CPU.
+        tf32_tflops: Peak of tensor cores with float32 rounded to 19 bits; 0 if not supported.
+        fp16_tflops: Peak of float16 products accumulated in float32; 0 if not supported.
+        int8_tops: Peak of int8 arithmetic; 0 if not supported.
+        idle_w: Idle power in watts; 0 if not known.
+        power_modes: Power modes; empty if the device has none.
+        jetpack: JetPack releases; empty if the device has none.
+        unverified: Keys whose value no document confirms.
     """
 
     name: Text
@@ -89,10 +108,10 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     unverified: tuple[Text, ...] = ()
 
     def peak(self, precision: str) -> float:
-        """Operations per second at "fp32", "tf32", "fp16" or "int8".
+        """Return the operations per second at a precision: "fp32", "tf32", "fp16" or "int8".
 
         Raises:
-            ConfigError: no such precision, or the board has no arithmetic for it.
+            ConfigError: The precision is unknown, or the board does not support it.
         """
         if precision not in self.peaks:
             what = f"{self.name} states no peak for {printable(precision)}."
@@ -101,27 +120,33 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     @property
     def peaks(self) -> dict[str, float]:
-        """In 1e12 operations per second, by the precisions that it has arithmetic for."""
+        """Peak in 1e12 operations per second for each precision that the board supports."""
         return {name: getattr(self, field) for name, field in _PEAKS.items() if getattr(self, field)}
 
     def release(self, jetpack: str | None) -> JetPack | None:
-        """The newest of its JetPacks, of a series or version ("6", "6.2") if one is given; None where it has none.
+        """Return the newest JetPack release, optionally of a series or version; None if the board has none.
+
+        Args:
+            jetpack: Series or version, such as "6" or "6.2"; None takes any.
 
         Raises:
-            ConfigError: it has not that one.
+            ConfigError: The board does not have this release.
         """
-        matching = [one for one in self.jetpack if jetpack in (None, one.version, one.version.partition(".")[0])]
+        matching = [r for r in self.jetpack if jetpack in (None, r.version, r.version.partition(".")[0])]
         if jetpack is not None and not matching:
-            known = ", ".join(one.version for one in self.jetpack)
+            known = ", ".join(r.version for r in self.jetpack)
             fix = f"Choose one of: {known}." if known else "Leave --jetpack out: the board has none."
             raise ConfigError(f"{self.name} has no JetPack {jetpack!r:.40}.", fix)
-        return max(matching, key=lambda one: [*map(int, re.findall(r"\d+", one.version))], default=None)
+        return max(matching, key=lambda r: [*map(int, re.findall(r"\d+", r.version))], default=None)
 
     def in_mode(self, mode: str) -> Board:
-        """The same board with clocks, peaks, bandwidth and power of a power mode, given by name or number.
+        """Return the board with the clock, peaks, bandwidth and power of a power mode.
+
+        Args:
+            mode: Name or number of the power mode.
 
         Raises:
-            ConfigError: no such mode.
+            ConfigError: The board does not have this power mode.
         """
         for entry in self.power_modes:
             name = entry.name.casefold()
@@ -142,26 +167,28 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 _PEAKS = {"fp32": "fp32_tflops", "tf32": "tf32_tflops", "fp16": "fp16_tflops", "int8": "int8_tops"}
+"""Attribute of `Board` with the peak of each precision."""
 _FOLDER = "sparsifiner_edge.boards"
-"""Where `profiles/boards` is installed."""
+"""Package in which `profiles/boards` is installed."""
 _BARE = {"name", "title", "sources", "unverified"}
-"""Keys that are names or speak of the others, and need no source."""
-_DOCUMENT = "See docs/boards.md for the form of a board file."
+"""Keys that need no source: names, and keys that describe other keys."""
+_DOCUMENT = "See docs/jetson.md for the format of a board file."
 _MOST_TEXT = 2000
-"""Characters of a name or a source."""
+"""Maximum number of characters of a name or a source."""
 
 
 def board_names() -> list[str]:
-    """Boards that come with the package."""
+    """Return the names of the boards that come with the package."""
     folder = importlib.resources.files(_FOLDER)
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_board(name_or_path: str | Path) -> Board:
-    """A board of the package by name, or from the user's own TOML file.
+    """Load a board of the package by name, or from the user's own TOML file.
 
     Raises:
-        ConfigError: no such board, no TOML, or a key is unknown, missing, mistyped, out of range or without source.
+        ConfigError: The board does not exist, the file is not TOML, or a key is unknown, missing, mistyped, out of
+            range or without a source.
     """
     name, names = str(name_or_path), board_names()
     if name in names:
@@ -172,16 +199,16 @@ def load_board(name_or_path: str | Path) -> Board:
 
 
 def parse_board(text: str, origin: str) -> Board:
-    """A board from TOML text; `origin` stands in messages.
+    """Parse a board from TOML text; `origin` names it in messages.
 
     Raises:
-        ConfigError: see `load_board`.
+        ConfigError: See `load_board`.
     """
     return _board(parse_toml(text, origin, _DOCUMENT), origin)
 
 
 def _harmless(value: Any) -> Any:
-    """Texts go into tables, results and manifests."""
+    """Make all texts printable, because they go into tables, results and manifests."""
     if isinstance(value, Mapping):
         return {name: _harmless(child) for name, child in value.items()}
     if isinstance(value, list):
@@ -190,10 +217,12 @@ def _harmless(value: Any) -> Any:
 
 
 def _refuse(origin: str, problem: str, fix: str = _DOCUMENT) -> None:
+    """Raise a `ConfigError` about a board file."""
     raise ConfigError(f"{origin}: {problem}.", fix)
 
 
 def _board(content: Mapping[str, Any], origin: str) -> Board:
+    """Convert parsed content to a board, and check what its types cannot express."""
     board = read_record(_harmless(content), Board, origin, _DOCUMENT, ConfigError)
     for name in ("sm", "cuda_cores"):
         if board.kind == "gpu" and not getattr(board, name):
@@ -220,11 +249,12 @@ BOARD_COLUMNS = (
     "power modes",
     "JetPack",
 )
+"""Column headings of `board_row`."""
 _FIGURES = ("sm", "clock_ghz", "fp32_tflops", "fp16_tflops", "int8_tops", "memory_gb", "bandwidth_gb_s", "tdp_w")
 
 
 def board_row(board: Board) -> list[str]:
-    """A board under `BOARD_COLUMNS`."""
-    cells = [f"{getattr(board, name):g}" if getattr(board, name) else "-" for name in _FIGURES]
+    """Return the table row of a board, for the columns `BOARD_COLUMNS`."""
+    figures = [f"{getattr(board, name):g}" if getattr(board, name) else "-" for name in _FIGURES]
     modes = ", ".join(f"{mode.id} {mode.name}" for mode in board.power_modes)
-    return [board.name, *cells, modes or "-", ", ".join(entry.version for entry in board.jetpack) or "-"]
+    return [board.name, *figures, modes or "-", ", ".join(entry.version for entry in board.jetpack) or "-"]

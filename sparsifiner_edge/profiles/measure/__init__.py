@@ -1,1 +1,1 @@
-"""Measuring one bundle, or two in turn: a process for each, blocks of queries, memory, layers, and what else ran."""
+"""Measurement of one bundle, or of two in turn: worker processes, blocks of queries, memory, layers and other load."""

@@ -1,8 +1,8 @@
-"""Time per layer and part, from the backend's own profiler, in a session of its own after the latency was measured.
+"""Time per layer and kind of work, from the backend's profiler.
 
-The exported file's nodes are named by their module, such as "blocks.3.mlp.fc1.MatMul" (`export.graph`): layer 3, mlp.
-ONNX Runtime keeps these names, and appends to those of what it fuses; what it names itself counts to the layer that ran
-before it.
+It runs in a session of its own, after the latency was measured. The nodes of an exported file are named by their
+module, such as "blocks.3.mlp.fc1.MatMul" (`export.graph`): layer 3, MLP. ONNX Runtime keeps these names, and appends to
+the names of nodes that it fuses. Nodes that it names itself count for the layer that ran before them.
 """
 
 from __future__ import annotations
@@ -29,27 +29,40 @@ from sparsifiner_edge.runtime.onnxruntime import inference_session, session_opti
 from sparsifiner_edge.runtime.open import session_on
 
 LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "decoder", "other")
-"""Parts of a layer. selection: KeySelect, LandmarkKeySelect, and what prunes tokens or matches them.
-other: adds, layer scale, embedding and head."""
+"""Kinds of work in a model.
+
+selection: KeySelect, LandmarkKeySelect, and the pruning or matching of tokens. other: additions, layer scale, embedding
+and head.
+"""
 MIN_QUERIES, MAX_QUERIES = 3, 100
+"""Limits of the number of profiled queries."""
 _PROFILED_S = 1.0
-"""About as long the profiled queries run, within `MIN_QUERIES` and `MAX_QUERIES`."""
+"""Approximate duration of the profiled queries in seconds, within `MIN_QUERIES` and `MAX_QUERIES`."""
 _WARM_UP = 2
+"""Number of unrecorded queries at the start."""
 _SUFFIX = "_kernel_time"
+"""Suffix of a node's name in the trace event with the time of its kernel."""
 _INLINED = "_inlfunc_"
-"""How ONNX Runtime names the nodes of a function body: "_inlfunc_KeySelect_token_3_KeySelect/top"."""
+"""Prefix that ONNX Runtime gives to the nodes of a function body: "_inlfunc_KeySelect_token_3_KeySelect/top"."""
 _SCOPE = re.compile(r"(?:model\.)?blocks\.(\d+)\.(?:(.*)\.)?[^.]*")
+"""Node name of a layer: index of the block, module within the block, and operator."""
 _PROJECTIONS = ("qkv", "proj", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate")
-_FIX = "The other figures stand without it."
+"""Names of an attention module's linear layers."""
+_FIX = "The other results are not affected."
 Trace = list[dict[str, Any]]
+"""Events of ONNX Runtime's profiler."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Time of a node of the exported file, per query.
 
     Attributes:
-        layer: from 0; None outside the layers. name: of the node. op: its operator. kind: one of `LAYER_KINDS`.
-        ms: ONNX Runtime's median. nodes: that the backend made of it.
+        layer: Index of the layer, from 0; None outside the layers.
+        name: Name of the node.
+        op: Operator of the node.
+        kind: One of `LAYER_KINDS`.
+        nodes: Number of nodes that the backend made of it.
+        ms: Median time in milliseconds, as ONNX Runtime reports it.
     """
 
     layer: int | None = None
@@ -61,14 +74,15 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_layers(bundle: str | Path, execution: Execution, query_ms: float) -> list[Row]:
-    """Profile a bundle in a session of its own: rows in the order of execution.
+    """Profile a bundle in a session of its own; return the rows in the order of execution.
 
     Args:
-        bundle: a folder. execution: how it is run.
-        query_ms: about how long a query takes; decides the number of queries.
+        bundle: Bundle folder.
+        execution: How to run it.
+        query_ms: Approximate time of a query in milliseconds; it determines the number of queries.
 
     Raises:
-        BackendError: the backend has no profiler, or its profile cannot be read.
+        BackendError: The backend has no profiler, or its profile cannot be read.
     """
     queries = max(MIN_QUERIES, min(MAX_QUERIES, round(_PROFILED_S * 1000 / max(query_ms, 1e-3))))
     checked = open_bundle(Path(bundle))
@@ -76,15 +90,16 @@ def measure_layers(bundle: str | Path, execution: Execution, query_ms: float) ->
         inputs, ran = fixed_inputs(session.inputs), session.description
         if session.backend != "onnxruntime" or execution.provider != "cpu":
             # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
-            raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
+            what = f"{session.backend} on {ran.device} does not report times per layer."
+            raise BackendError(what, "Profile it on the CPU.")
     library = native_library("native" if str(ran.kernels).startswith("native") else "portable")
-    options = session_options(execution.cores, execution.precision == "bf16")
+    options = session_options(execution.cores, execution.compute_precision == "bf16")
     trace = _record_trace(checked.read(MODEL_FILE), options, library, inputs, queries + _WARM_UP)
     return _rows(read_trace(trace, queries), {node.name for node in checked.model().graph.node})
 
 
 def _record_trace(model: bytes, options: Any, library: Path | None, inputs: Mapping[str, Array], queries: int) -> Trace:
-    """The trace of `queries` runs with ONNX Runtime's profiler on."""
+    """Return the trace of `queries` runs with ONNX Runtime's profiler."""
     with scratch_folder() as folder:
         options.enable_profiling = True
         options.profile_file_prefix = str(folder / "trace")
@@ -99,14 +114,15 @@ def _record_trace(model: bytes, options: Any, library: Path | None, inputs: Mapp
 
 
 def read_trace(trace: Trace, queries: int) -> dict[str, float]:
-    """Median milliseconds of each node over the last `queries` runs, in the order of execution.
+    """Return the median time in milliseconds of each node over the last runs, in the order of execution.
 
     Args:
-        trace: events of ONNX Runtime's profiler: `cat`, `name`, `dur` in microseconds; a run's nodes come before the
-            run itself.
+        trace: Events of ONNX Runtime's profiler with `cat`, `name` and `dur` in microseconds. The nodes of a run come
+            before the run itself.
+        queries: Number of runs.
 
     Raises:
-        BackendError: there are no such events.
+        BackendError: The trace contains no such events.
     """
     runs: list[dict[str, float]] = [{}]
     for event in trace:
@@ -119,7 +135,7 @@ def read_trace(trace: Trace, queries: int) -> dict[str, float]:
             runs.append({})
     last = runs[:-1][-queries:]
     if not any(last):
-        raise BackendError("ONNX Runtime's trace holds no nodes.", _FIX)
+        raise BackendError("ONNX Runtime's trace contains no nodes.", _FIX)
     return {
         node: statistics.median(run.get(node, 0.0) for run in last)
         for node in dict.fromkeys(n for r in last for n in r)
@@ -127,8 +143,9 @@ def read_trace(trace: Trace, queries: int) -> dict[str, float]:
 
 
 def node_place(name: str) -> tuple[int | None, str, str]:
-    """Where a node of an exported file belongs: layer and kind (None and "other" where its name says nothing), and its
-    operator.
+    """Return layer, kind and operator of a node of an exported file, from its name.
+
+    If the name does not reveal them, the layer is None and the kind "other".
     """
     name = name.partition("/")[0]
     if name.startswith(_INLINED):
@@ -141,12 +158,12 @@ def node_place(name: str) -> tuple[int | None, str, str]:
 
 
 def _kind_of_operator(op: str) -> str | None:
-    """Of this package's operators alone."""
+    """Return the kind of an operator of this package; None for any other operator."""
     return ("attention" if op.endswith("Attention") else "selection") if op in OPERATORS else None
 
 
 def _kind_of_module(parts: list[str]) -> str:
-    """Of a module within a block, such as ["attn", "qkv"]."""
+    """Return the kind of a module within a block, such as ["attn", "qkv"]."""
     if any("norm" in part for part in parts):
         return "norms"
     if parts[0] == "attn":
@@ -155,15 +172,20 @@ def _kind_of_module(parts: list[str]) -> str:
 
 
 def _rows(times: Mapping[str, float], named: Collection[str]) -> list[Row]:
-    """Rows from names and times in the order of execution; what is of one function's body becomes one. What the file
-    does not name, ONNX Runtime put in: it belongs to the layer before.
+    """Return one row per node from times in the order of execution; the nodes of one function body share a row.
+
+    Nodes that the file does not name were added by ONNX Runtime and belong to the layer before them.
+
+    Args:
+        times: Milliseconds by name of the node.
+        named: Names of the nodes in the file.
     """
     rows: dict[tuple[int | None, str], Row] = {}
-    before = None
+    previous = None
     for name, ms in times.items():
         layer, kind, op = node_place(name)
-        layer = before if layer is None and kind != "decoder" and name not in named else layer
-        before = layer
+        layer = previous if layer is None and kind != "decoder" and name not in named else layer
+        previous = layer
         key = layer, op if name.startswith(_INLINED) else name
         row = rows.get(key) or Row(layer=layer, name=key[1], op=op, kind=kind, nodes=0, ms=0.0)
         rows[key] = msgspec.structs.replace(row, nodes=row.nodes + 1, ms=row.ms + ms)

@@ -1,4 +1,4 @@
-"""Memory of a measured process, and what it takes of its device's; each says why where it is not known.
+"""Memory of a measured process, and device memory that it uses; values that cannot be read carry the reason.
 
 Files: proc_pid_status(5) and the kernel's filesystems/proc.rst.
 """
@@ -13,17 +13,24 @@ from sparsifiner_edge.profiles.sensors.power import UnavailableError, read_text,
 from sparsifiner_edge.records import Unavailable
 
 Bytes = int | Unavailable
-RESIDENT, PEAK = "VmRSS", "VmHWM"
-"""Of a process: its resident set, and the greatest that it had since it started."""
+RESIDENT = "VmRSS"
+"""Field of procfs with the resident set of a process."""
+PEAK = "VmHWM"
+"""Field of procfs with the largest resident set of a process since it started."""
 
 
 def process_bytes(field: str, process: Path = Path("/proc/self")) -> Bytes:
-    """`RESIDENT` or `PEAK` of a process, by its folder in procfs."""
+    """Return a field of a process's memory, `RESIDENT` or `PEAK`, in bytes.
+
+    Args:
+        field: Name of the field.
+        process: Folder of the process in procfs.
+    """
     return _kilobytes(process / "status", field)
 
 
 def _kilobytes(path: Path, field: str) -> Bytes:
-    """A field of a file of procfs."""
+    """Return a field of a procfs file in bytes."""
     try:
         match = re.search(rf"^{field}:\s+(\d+) kB", read_text(path), re.MULTILINE)
     except OSError as error:
@@ -32,19 +39,21 @@ def _kilobytes(path: Path, field: str) -> Bytes:
 
 
 def device_bytes(root: Path = Path("/")) -> tuple[Bytes, str]:
-    """What all programs hold of the device's memory, and for people the source of its rise. On a Jetson, whose
-    processor and GPU share their memory, less than nothing: what is not available.
+    """Return the device memory in use by all programs in bytes, and a description of what its increase measures.
+
+    On a Jetson, where processor and GPU share their memory, the value is minus the available memory, so that its
+    increase has the same meaning.
 
     Args:
-        root: where `proc` and `etc` are; tests give a made-up tree.
+        root: Folder that contains `proc` and `etc`; for tests.
     """
     if (root / "etc/nv_tegra_release").exists():
         available = _kilobytes(root / "proc/meminfo", "MemAvailable")
-        held: Bytes = -available if isinstance(available, int) else available
-        return held, "fall of MemAvailable, processor's share and other programs included"
+        used: Bytes = -available if isinstance(available, int) else available
+        return used, "decrease of MemAvailable, including other programs and the processor's share"
     try:
         with open_card() as card:
-            held = int(card.nvml.nvmlDeviceGetMemoryInfo(card.handle).used)
+            used = int(card.nvml.nvmlDeviceGetMemoryInfo(card.handle).used)
     except UnavailableError as error:
-        held = Unavailable(why(error))
-    return held, "rise of the card's used memory (NVML), other programs included"
+        used = Unavailable(why(error))
+    return used, "increase of the card's used memory (NVML), including other programs"

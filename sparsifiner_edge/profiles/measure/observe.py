@@ -1,4 +1,4 @@
-"""A measurement under observation: power, clocks, memory and other programs beside it, and the figures of each side."""
+"""Measurement of all sides with power, clocks, memory and other load, and the results of each side."""
 
 from __future__ import annotations
 
@@ -17,23 +17,37 @@ from sparsifiner_edge.profiles.sensors import Energy, Recording, energy, find_se
 from sparsifiner_edge.records import MISSING, Known, Unavailable
 from sparsifiner_edge.runtime.session import Runtime
 
-_IDLE_S, _IDLE_SHARE = (0.5, 3.0), 0.3
-"""Idle baselines, where there is a power sensor: a share of the measured time, within these bounds."""
-_LOOK_S, _LOOK_SHARE = (0.25, 2.0), 0.1
-"""Time between looks at clocks and temperatures, likewise."""
+_IDLE_SHARE = 0.3
+"""Duration of an idle baseline of the power sensor, relative to the measured time."""
+_IDLE_S = (0.5, 3.0)
+"""Minimum and maximum duration of an idle baseline in seconds."""
+_LOOK_SHARE = 0.1
+"""Time between readings of clocks and temperatures, relative to the measured time."""
+_LOOK_S = (0.25, 2.0)
+"""Minimum and maximum time between these readings in seconds."""
 
 
 def observe(
     sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, power: bool
 ) -> tuple[dict[str, Figures], Method, dict[str, list[float]]]:
-    """Warm every side up and measure it, with a sensor beside it: figures by role, layers apart; how it was measured;
-    and the sensor's readings.
+    """Warm up and measure every side, while a sensor is read.
 
-    The idle baseline comes before warm-up, so that nothing cools down between warm-up and the first query.
+    The idle baseline comes before the warm-up, so that nothing cools down between the warm-up and the first query.
+
+    Args:
+        sides: One or two loaded bundles.
+        rules: Conditions under which a side has been measured long enough.
+        on_stage: Callback for the current stage.
+        power: Read a power sensor, if there is one.
+
+    Returns:
+        Measurements by role, without times per layer; description of the measurement; readings of the sensor.
     """
-    on = ["cpu" if side.loaded.execution.on_processor else "gpu" for side in sides]
+    devices = ["cpu" if side.loaded.execution.on_processor else "gpu" for side in sides]
     sensor = (
-        find_sensor(on=on[0]) if power and len(set(on)) == 1 else no_sensor({"power": "not asked for, or two devices"})
+        find_sensor(on=devices[0])
+        if power and len(set(devices)) == 1
+        else no_sensor({"power": "not requested, or the bundles run on different devices"})
     )
     with Recording(sensor, conditions_period_s=_share(rules, _LOOK_SHARE, _LOOK_S)) as recording:
         _idle(recording, rules, on_stage)
@@ -47,13 +61,14 @@ def observe(
     others = other_cores(busy, busy_after, after - before, seconds)
     method = _method(sides, rules, recording)
     figures = {
-        side.role: _figures(side, peak, recording, method, others, where)
-        for side, peak, where in zip(sides, peaks, on, strict=True)
+        side.role: _figures(side, peak, recording, method, others, device)
+        for side, peak, device in zip(sides, peaks, devices, strict=True)
     }
     return figures, method, recording.samples()
 
 
 def _method(sides: list[MeasuredSide], rules: Rules, recording: Recording) -> Method:
+    """Return the description of a measurement."""
     few = any(side.queries < rules.min_queries for side in sides)
     return Method(
         rules=rules,
@@ -64,13 +79,14 @@ def _method(sides: list[MeasuredSide], rules: Rules, recording: Recording) -> Me
         sensor=recording.describe(),
         conditions={side.role: recording.conditions(side.windows) for side in sides},
         problems=recording.problem_counts(),
-        cut_short=f"{rules.max_seconds:g} s came before {rules.min_queries} queries" if few else None,
+        cut_short=f"{rules.max_seconds:g} s passed before {rules.min_queries} queries" if few else None,
     )
 
 
 def _figures(
     side: MeasuredSide, peak: Bytes, recording: Recording, method: Method, others: float | Unavailable, on: str
 ) -> Figures:
+    """Return the measurements of one side."""
     latency_ms, throughput = stats.summarise(side.latency_ms)
     conditions, kernels = method.conditions[side.role], method.runtime[side.role].kernels
     return Figures(
@@ -90,25 +106,33 @@ def _figures(
 
 
 def _share(rules: Rules, share: float, bounds: tuple[float, float]) -> float:
+    """Return a share of the measured time in seconds, within bounds."""
     return min(max(share * rules.seconds, bounds[0]), bounds[1])
 
 
 def _idle(recording: Recording, rules: Rules, on_stage: OnStage) -> None:
-    """Of a sensor that averages, its average of what was before must be over, and something left to read."""
+    """Record an idle baseline.
+
+    If the sensor averages, the baseline lasts until its average no longer contains earlier load, and for some readings
+    more.
+    """
     sensor = recording.sensor
     if sensor.available:
-        on_stage("idling, for the baseline")
+        on_stage("measuring idle power")
         seconds = _share(rules, _IDLE_SHARE, _IDLE_S)
         recording.stay_idle(max(seconds, 2 * sensor.averaging_s + 1) if sensor.averaging_s else seconds)
 
 
 def _processor_s(sides: list[MeasuredSide]) -> float:
-    """Of every worker, and of this process, which samples and waits, since they started."""
+    """Return the processor seconds of all workers and of this process, which samples and waits, since they started."""
     return time.process_time() + sum(side.worker.ask("processor_s", 60, float) for side in sides)
 
 
 def _describe(side: MeasuredSide) -> Runtime:
-    """What ran. Reading the model once more may fail where memory is short; the figures stand all the same."""
+    """Return the description of the session, or the reason why there is none.
+
+    It reads the model once more, which may fail if memory is short. The measurement is still valid then.
+    """
     try:
         return side.worker.ask("describe", LOAD_TIMEOUT_S, Runtime)
     except SparsifinerError as error:
@@ -117,20 +141,24 @@ def _describe(side: MeasuredSide) -> Runtime:
 
 
 def _joules(recording: Recording, side: MeasuredSide) -> Known[Energy]:
+    """Return the energy of a side, or the reason why it is unknown."""
     if recording.sensor.available:
         return energy(recording, side.windows, side.queries)
     return Unavailable(recording.sensor.total.removeprefix(f"{MISSING}: "))
 
 
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
-"""user, nice, system, irq, softirq and steal of a line of /proc/stat (proc(5)); guests are part of user."""
+"""Fields of a line of /proc/stat: user, nice, system, irq, softirq and steal (proc(5)); guests are part of user."""
 
 
 def busy_s(root: Path = Path("/")) -> float | None:
-    """Processor seconds since boot, of anything, on the cores that this process may use; None: /proc does not tell.
+    """Return the processor seconds of all programs since boot, on the cores that this process may use.
 
     Args:
-        root: where `proc` is; tests give a made-up tree.
+        root: Folder that contains `proc`; for tests.
+
+    Returns:
+        The seconds; None if /proc does not report them.
     """
     try:
         text = (root / "proc/stat").read_text(encoding="ascii", errors="replace")
@@ -143,11 +171,15 @@ def busy_s(root: Path = Path("/")) -> float | None:
 
 
 def other_cores(before: float | None, after: float | None, our_s: float, seconds: float) -> float | Unavailable:
-    """Cores that other programs kept busy, of those that this process may use; other virtual machines count.
+    """Return the number of cores that other programs kept busy, among those that this process may use.
+
+    Other virtual machines on the host count as other programs.
 
     Args:
-        before, after: of `busy_s`, `seconds` apart.
-        our_s: processor seconds that the measurement itself used in between, all of its processes together.
+        before: Result of `busy_s` at the start.
+        after: Result of `busy_s` at the end.
+        our_s: Processor seconds of all processes of the measurement in between.
+        seconds: Time between start and end in seconds.
     """
     if before is None or after is None:
         return Unavailable("/proc/stat is not readable")

@@ -1,4 +1,4 @@
-"""A bundle under measurement: its worker process, its warm-up, and its blocks of queries, alone or in turn."""
+"""One bundle under measurement: its worker process, its warm-up, and its blocks of queries, alone or in turn."""
 
 from __future__ import annotations
 
@@ -24,31 +24,44 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.child import Child, start_child
 
 LOAD_TIMEOUT_S = 900.0
+"""Seconds that a worker may take to load or describe a bundle."""
 _SETTLED = 0.02
+"""Maximum relative difference between the medians of the last windows of a settled warm-up."""
 _WARM_UP_S = 5.0
+"""Approximate maximum duration of the warm-up in seconds."""
 _WINDOW_MS = 100.0
+"""Approximate duration of a warm-up window in milliseconds."""
 _WINDOWS = 3
+"""Number of consecutive windows that must agree."""
 _BLOCK_MS = 200.0
+"""Approximate maximum duration of a block in milliseconds."""
 _REWARM_MS = 20.0
-"""At least so long is run and not recorded after another process: its threads spin for a while, and the caches hold its
-data."""
+"""Minimum duration, in milliseconds, of the unrecorded queries that follow a block of another process.
+
+That process's threads spin for a while, and the caches hold its data.
+"""
 
 OnStage = Callable[[str], None]
-"""Called with what is going on."""
+"""Callback that receives the name of the current stage."""
 MIN_BLOCKS = 20
-"""Blocks are what a comparison pairs and what drift is seen in."""
+"""Minimum number of blocks: a comparison pairs blocks, and drift is detected across them."""
 
-_SECONDS, _QUERIES = 10.0, 64
+_SECONDS = 10.0
+"""Default minimum time in queries, in seconds."""
+_QUERIES = 64
+"""Default minimum number of queries."""
 _MOST = 6.0
-"""Times the seconds asked for: a side's most wall time, since comparisons also run what is not recorded."""
+"""Maximum wall time of a side relative to the minimum time; a comparison also runs queries that are not recorded."""
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """When a side has been measured enough.
+    """Conditions under which a side has been measured long enough.
 
     Attributes:
-        seconds: least time in queries. min_queries: least number of them; both must be reached.
-        max_seconds: most wall time, whatever is reached by then. blocks: least number of them.
+        seconds: Minimum time in queries, in seconds.
+        min_queries: Minimum number of queries.
+        max_seconds: Maximum wall time in seconds, after which the measurement ends in any case.
+        blocks: Minimum number of blocks.
     """
 
     seconds: float
@@ -57,16 +70,27 @@ class Rules(msgspec.Struct, frozen=True):
     blocks: int = MIN_BLOCKS
 
     def enough(self, seconds: float, queries: int, blocks: int, wall_s: float = 0.0) -> bool:
-        """Whether a side that has measured this much, in `wall_s` of wall time, is done."""
+        """Return True if a side has been measured long enough.
+
+        Args:
+            seconds: Time in queries so far, in seconds.
+            queries: Number of queries so far.
+            blocks: Number of blocks so far.
+            wall_s: Wall time so far in seconds.
+        """
         done = seconds >= self.seconds and queries >= self.min_queries and blocks >= self.blocks
         return done or wall_s >= self.max_seconds
 
 
 def make_rules(seconds: float | None = None, min_queries: int | None = None) -> Rules:
-    """Ten seconds and 64 queries, or what is given in their place; in at most six times as many seconds.
+    """Return the rules for a minimum duration and number of queries, with six times the duration as maximum wall time.
+
+    Args:
+        seconds: Minimum time in queries, in seconds; None takes 10.
+        min_queries: Minimum number of queries; None takes 64.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: A number is out of range.
     """
     if seconds is not None and not 0 < seconds <= MOST_SECONDS:
         raise ConfigError(f"seconds is {seconds}.", f"Give a number above 0, at most {MOST_SECONDS:g}.")
@@ -77,13 +101,19 @@ def make_rules(seconds: float | None = None, min_queries: int | None = None) -> 
 
 
 def start_worker() -> contextlib.AbstractContextManager[Child]:
-    """A fresh worker (see `worker.operations`), killed when the block ends, however it ends."""
-    fix = "If it ran out of memory, close other programs or take a smaller model."
+    """Start a worker (see `worker.operations`), which is killed at the end of the `with` block."""
+    fix = "If it ran out of memory, close other programs or use a smaller model."
     return start_child("sparsifiner_edge.profiles.measure.worker", "The measuring process", fix)
 
 
 class WarmUp(msgspec.Struct, frozen=True, kw_only=True):
-    """How warm-up went: whether the medians of windows settled, and what was run."""
+    """Result of a warm-up.
+
+    Attributes:
+        settled: True if the medians of the last windows agreed.
+        queries: Number of queries.
+        seconds: Duration in seconds.
+    """
 
     settled: bool = False
     queries: int = 0
@@ -92,15 +122,21 @@ class WarmUp(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclasses.dataclass
 class MeasuredSide:
-    """A bundle in a worker, and what was measured of it.
+    """A bundle in a worker, and its measurements.
 
     Attributes:
         role: "subject" or "against".
-        worker: its process. bundle: what it loaded.
-        loaded: what loading reported. device: bytes that it took of the device's memory, and who tells.
-        warm_up: how warm-up went. query_ms: a query's time, the first one's before it.
-        blocks: latencies in ms, block by block. windows: start and end of each block, CLOCK_MONOTONIC nanoseconds.
-        seconds, queries: how much was recorded. wall_s: how long that took, unrecorded queries included.
+        worker: Worker process.
+        bundle: Bundle folder.
+        loaded: Report of the worker after loading.
+        device: Device memory in bytes that the bundle took, and the source of this value.
+        query_ms: Time of a query in milliseconds; before the warm-up, that of the first inference.
+        warm_up: Result of the warm-up.
+        blocks: Latencies in milliseconds, by block.
+        windows: Start and end of each block, in nanoseconds of CLOCK_MONOTONIC.
+        seconds: Total latency of the recorded queries in seconds.
+        queries: Number of recorded queries.
+        wall_s: Wall time of the recorded blocks in seconds, including unrecorded queries.
     """
 
     role: str
@@ -118,16 +154,23 @@ class MeasuredSide:
 
     @property
     def latency_ms(self) -> list[float]:
-        """Every query's latency, in order."""
+        """Latency of every recorded query in milliseconds, in order."""
         return [ms for block in self.blocks for ms in block]
 
     def run(self, queries: int, rewarm: int = 0) -> QueryBlock:
-        """Run one block. A hundredfold slowdown is still waited for; a hang is not."""
+        """Run one block.
+
+        The timeout allows queries to be a hundred times slower than expected, but ends a hang.
+
+        Args:
+            queries: Number of recorded queries.
+            rewarm: Number of unrecorded queries before them.
+        """
         timeout = 60 + 0.1 * (queries + rewarm) * self.query_ms
         return self.worker.ask("block", timeout, QueryBlock, queries=queries, rewarm=rewarm)
 
     def record(self, queries: int, rewarm: int) -> None:
-        """Run one block and keep it."""
+        """Run one block and store its measurements."""
         start = time.monotonic()
         latency_ms, window = self.run(queries, rewarm)
         self.blocks.append(latency_ms)
@@ -138,7 +181,12 @@ class MeasuredSide:
 
 
 def stage_progress(progress: Progress | None, planned_s: float) -> OnStage:
-    """From names of stages to a `Progress` in seconds, of about `planned_s` from now on."""
+    """Convert a `Progress` callback in seconds to a callback for names of stages.
+
+    Args:
+        progress: Callback to convert; None reports nothing.
+        planned_s: Planned duration in seconds, from now on.
+    """
     start = time.monotonic()
 
     def on_stage(name: str) -> None:
@@ -151,23 +199,29 @@ def stage_progress(progress: Progress | None, planned_s: float) -> OnStage:
 
 @contextlib.contextmanager
 def open_side(role: str, bundle: Path, execution: Execution, on_stage: OnStage) -> Iterator[MeasuredSide]:
-    """A bundle loaded into a worker of its own and run once."""
+    """Load a bundle into a worker of its own and run it once."""
     on_stage(f"loading {bundle.name}")
     with start_worker() as worker:
         before, _ = device_bytes()
         loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **load_request(bundle, execution))
-        held, source = device_bytes()  # Before another side takes any.
-        taken = max(0, held - before) if isinstance(held, int) and isinstance(before, int) else held
+        after, source = device_bytes()  # Read before another side takes device memory.
+        taken = max(0, after - before) if isinstance(after, int) and isinstance(before, int) else after
         yield MeasuredSide(role, worker, bundle, loaded, (taken, source), loaded.first_ms)
 
 
 def load_request(bundle: Path, execution: Execution) -> dict[str, Any]:
-    """The request that makes a worker load a bundle, JSON-ready."""
+    """Return the JSON-serializable arguments that make a worker load a bundle."""
     return {"bundle": str(bundle.resolve()), "execution": to_builtins(execution)}
 
 
 def warm_up(side: MeasuredSide, on_stage: OnStage, most_s: float = _WARM_UP_S) -> None:
-    """Run windows of about 100 ms until three medians in a row lie within 2 %, for about `most_s` at most."""
+    """Run windows of about 100 ms until the medians of three consecutive windows agree within 2 %.
+
+    Args:
+        side: Side to warm up.
+        on_stage: Callback for the current stage.
+        most_s: Approximate maximum duration in seconds.
+    """
     start = time.monotonic()
     side.query_ms = max(side.run(1)[0][0], 1e-3)
     window = max(1, round(_WINDOW_MS / side.query_ms))
@@ -183,7 +237,7 @@ def warm_up(side: MeasuredSide, on_stage: OnStage, most_s: float = _WARM_UP_S) -
 
 
 def measure_blocks(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, stage: str = "measuring") -> None:
-    """Fill every side's blocks."""
+    """Measure all sides, block by block in turn, until the rules are met."""
     block_ms = min(_BLOCK_MS, rules.seconds * 1000 / MIN_BLOCKS)
     random = np.random.default_rng()
     before: MeasuredSide | None = sides[0] if len(sides) == 1 else None

@@ -1,4 +1,4 @@
-"""How long calls take: the one way to time them. What several that took turns say is `stats.medians_in_turn`."""
+"""Timing of calls, used for all measurements; `stats.medians_in_turn` evaluates calls that were timed in turn."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from collections.abc import Callable
 
 
 def call_ms(call: Callable[[], object], runs: int, *, least_s: float = 0.0, warm_up: int = 0) -> list[float]:
-    """Milliseconds of each call, one after the other.
+    """Return the time of each call in milliseconds, for consecutive calls.
 
     Args:
-        runs, least_s: at least this many runs, and this many seconds. warm_up: calls before, not timed.
+        call: Function to time.
+        runs: Minimum number of calls.
+        least_s: Minimum total time in seconds.
+        warm_up: Number of calls before, which are not timed.
     """
     for _ in range(warm_up):
         call()
-    times, clock, begun = list[int](), time.perf_counter_ns, time.perf_counter()
-    gc.disable()  # A collection inside one call would be Python's, not the model's.
+    times, clock, begin = list[int](), time.perf_counter_ns, time.perf_counter()
+    gc.disable()  # A garbage collection during a call would count as time of the model.
     try:
-        while len(times) < runs or time.perf_counter() - begun < least_s:
+        while len(times) < runs or time.perf_counter() - begin < least_s:
             start = clock()
             call()
             times.append(clock() - start)

@@ -1,4 +1,4 @@
-"""The measured process: `python -m sparsifiner_edge.profiles.measure.worker`, which carries out `operations`."""
+"""Measured process: `python -m sparsifiner_edge.profiles.measure.worker` carries out `operations`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 
 def fixed_inputs(specs: list[TensorSpec]) -> dict[str, Array]:
-    """One random array for each of a session's inputs, of one image where the batch is dynamic; the same on every call:
-    uint8 over its range, floats in [0, 1).
+    """Return a random array for each input of a session, the same on every call.
+
+    uint8 inputs cover their whole range, floating-point inputs [0, 1). A dynamic batch has one image.
 
     Raises:
-        BackendError: an input of another type, or dynamic beyond its first axis.
+        BackendError: An input has another type, or a dynamic axis other than its first.
     """
     random = np.random.default_rng(0)
     arrays: dict[str, Array] = {}
@@ -39,14 +40,22 @@ def fixed_inputs(specs: list[TensorSpec]) -> dict[str, Array]:
         kind = np.dtype(spec.dtype)
         if len(sizes) != len(shape) or (kind != np.uint8 and kind.kind != "f"):
             what = f"Input {spec.name!r} ({spec}) cannot be synthesised for a measurement."
-            raise BackendError(what, "Export with uint8 or float inputs, dynamic in the batch alone.")
-        whole = kind == np.uint8
-        arrays[spec.name] = random.integers(0, 256, sizes, np.uint8) if whole else random.random(sizes).astype(kind)
+            raise BackendError(what, "Export the model with uint8 or float inputs, of which only the batch is dynamic.")
+        is_uint8 = kind == np.uint8
+        arrays[spec.name] = random.integers(0, 256, sizes, np.uint8) if is_uint8 else random.random(sizes).astype(kind)
     return arrays
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded and how; load_ms: of the session alone, without its package. first_ms: of the first inference."""
+    """Report of a worker after loading a bundle.
+
+    Attributes:
+        execution: Execution that was chosen.
+        input_shapes: Shapes of the inputs by name.
+        load_ms: Time to create the session in milliseconds, without importing the backend's package.
+        first_ms: Time of the first inference in milliseconds.
+        rss_before_load_bytes: Memory of the process before the session was created, in bytes.
+    """
 
     execution: Execution
     input_shapes: dict[str, list[int]]
@@ -56,15 +65,21 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QueryBlock(NamedTuple):
-    """Queries one after the other: milliseconds of each; when the block began and ended, CLOCK_MONOTONIC."""
+    """Consecutive queries.
+
+    Attributes:
+        latency_ms: Latency of each query in milliseconds.
+        window_ns: Start and end of the block, in nanoseconds of CLOCK_MONOTONIC.
+    """
 
     latency_ms: list[float]
     window_ns: tuple[int, int]
 
 
 class _Worker:
-    """One session and its one input; each public method is an operation, `load` or `layers` the first. `execution`:
-    fields of an `Execution`.
+    """One session and its inputs; each public method is an operation, and `load` or `layers` comes first.
+
+    The argument `execution` holds the fields of an `Execution`.
     """
 
     session: Session
@@ -96,17 +111,17 @@ class _Worker:
     def processor_s(self) -> float:
         return time.process_time()
 
-    def describe(self) -> Runtime:  # Costs memory: asked last.
+    def describe(self) -> Runtime:  # Takes memory, so it is requested last.
         return self.session.description
 
-    def layers(self, bundle: str, execution: dict[str, Any], query_ms: float) -> list[Row]:  # Loaded nothing before.
+    def layers(self, bundle: str, execution: dict[str, Any], query_ms: float) -> list[Row]:  # In a fresh worker.
         from sparsifiner_edge.profiles.measure.layers import measure_layers
 
         return measure_layers(bundle, msgspec.convert(execution, Execution), query_ms)
 
 
 def operations() -> dict[str, Callable[..., Any]]:
-    """Those of a fresh worker; see `runtime.child.serve`."""
+    """Return the operations of a new worker by name; see `runtime.child.serve`."""
     worker = _Worker()
     return {name: getattr(worker, name) for name in ("load", "block", "processor_s", "describe", "layers")}
 

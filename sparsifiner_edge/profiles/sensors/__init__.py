@@ -1,13 +1,13 @@
-"""Power, clocks, temperatures and throttling beside a measurement, with energies that carry their error.
+"""Power, clocks, temperatures and throttling during a measurement, and energies with intervals.
 
     with Recording(find_sensor()) as recording:
-        recording.stay_idle(3.0)             # the worker is loaded and waits
+        recording.stay_idle(3.0)             # the worker has loaded the model and waits
         windows = [...]                      # (start, end) of the inferences, time.monotonic_ns() in any process
         recording.stay_idle(3.0)
     figures = energy(recording, windows, inferences)      # for a result's `statistics`
 
-Nothing here raises for what a sensor does: what is not known is `records.Unavailable`, or is left out; a recording's
-`problems` list the rest.
+A failing sensor raises no exception here. Unknown values are `records.Unavailable` or left out, and a recording's
+`problems` list everything else.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ from sparsifiner_edge.records import MISSING
 __all__ = ["Energy", "PowerSensor", "Recording", "energy", "find_sensor", "no_sensor"]
 
 SENSORS: dict[str, Callable[[Path], PowerSensor]] = {"ina": find_ina, "nvml": find_nvml, "rapl": find_rapl}
-"""In the order of preference: whole boards before a GPU before a processor.
+"""Sensors by name, in the order of preference: a whole board, then a GPU, then a processor.
 
-Each raises UnavailableError where its sensor is not there or does not answer, OSError or ValueError where its files are
-not readable.
+Each function raises UnavailableError if its sensor is missing or does not respond, and OSError or ValueError if its
+files cannot be read.
 """
 
 _ELSEWHERE: dict[tuple[str, str | None], str] = {
-    ("nvml", "cpu"): "it sees the card alone, and inferences run on the processor",
-    ("rapl", "gpu"): "it sees the processor alone, and inferences run on a card",
+    ("nvml", "cpu"): "it measures the graphics card only, and inferences run on the processor",
+    ("rapl", "gpu"): "it measures the processor only, and inferences run on a graphics card",
 }
+"""Reason why a sensor is not used, by its name and the device of the inferences."""
 
 
 def find_sensor(root: Path = Path("/"), on: str | None = None) -> PowerSensor:
-    """The best power sensor of this machine; its `not_used` says why those before it are not there.
+    """Return the best power sensor of this machine.
 
     Args:
-        root: where `proc`, `sys` and `usr` are; tests give a made-up tree.
-        on: "cpu" or "gpu", where inferences run: a sensor that does not see it is passed over. None passes over none.
+        root: Folder that contains `proc`, `sys` and `usr`; for tests.
+        on: Device of the inferences, "cpu" or "gpu"; a sensor that does not measure it is skipped. None skips none.
 
     Returns:
-        A sensor. Where none answers, `no_sensor`, with every reason.
+        A sensor, whose `not_used` gives the reason for each preferred sensor. If none responds, `no_sensor` with all
+            reasons.
     """
     reasons: dict[str, str] = {}
     for name, find in SENSORS.items():
@@ -60,6 +62,6 @@ def find_sensor(root: Path = Path("/"), on: str | None = None) -> PowerSensor:
 
 
 def no_sensor(reasons: dict[str, str]) -> PowerSensor:
-    """What stands where no sensor answers: `total` begins with `records.MISSING`, and it is never read."""
+    """Return the placeholder for a missing sensor: it is never read, and its `total` begins with `records.MISSING`."""
     text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return PowerSensor("none", f"{MISSING}: no power sensor: {text}", 1.0, dict, not_used=reasons)

@@ -1,4 +1,4 @@
-"""What a measurement ran under: clocks, temperatures, throttling, power mode."""
+"""Conditions of a measurement: clocks, temperatures, throttling and power mode."""
 
 from __future__ import annotations
 
@@ -16,29 +16,35 @@ from sparsifiner_edge.records import Unavailable
 
 CLOCKS: dict[str, tuple[Any, ...]] = {
     "cpu": (1e-3, "sys/devices/system/cpu/cpufreq/policy*/scaling_cur_freq"),
-    # Jetson's names of its GPU: gpu, gp10b (TX2), gv11b (Xavier), ga10b (Orin), gpu-gpc-0 (Thor).
+    # Names of a Jetson's GPU: gpu, gp10b (TX2), gv11b (Xavier), ga10b (Orin), gpu-gpc-0 (Thor).
     "gpu": (1e-6, "sys/class/devfreq/*gpu*/cur_freq", "sys/class/devfreq/*g[pva]1[01]b/cur_freq"),
-    # Of a Jetson: Thor in devfreq, Orin and Xavier through BPMP.
+    # Memory clock of a Jetson: in devfreq on Thor, through BPMP on Orin and Xavier.
     "memory": (1e-6, "sys/class/devfreq/bwmgr/cur_freq", "sys/kernel/debug/bpmp/debug/clk/emc/rate"),
 }
-"""The factor to MHz and files, by clock; of several files, as of cores, the greatest counts."""
+"""Factor to MHz and files, by clock; of several files, such as one per core, the highest value counts."""
 THROTTLE_COUNTERS = (
     "sys/class/hwmon/hwmon*/oc*_event_cnt",
     "sys/devices/system/cpu/cpu0/thermal_throttle/*_throttle_count",
 )
-"""Counters of throttling: Jetson's over-current events, and an x86 package's thermal events."""
-_MILLI, _COLDEST_C = 1e-3, -100.0  # A zone that is switched off tells -256.
+"""Files with counters of throttling: over-current events of a Jetson, and thermal events of an x86 processor."""
+_MILLI = 1e-3
+_COLDEST_C = -100.0
+"""Temperature in °C below which a zone is ignored: a zone that is switched off reports -256."""
 _NOT_PASSIVE = re.compile("(?i)fan|intel_powerclamp")
+"""Names of cooling devices whose activity is not throttling."""
 _Value = TypeVar("_Value")
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """Clocks, temperatures, throttling and power mode at a moment; what a machine does not tell is left out.
+    """Clocks, temperatures, throttling and power mode at one moment, as far as the machine reports them.
 
     Attributes:
-        clocks_mhz: by the keys of `CLOCKS`. temperature_c: by zone.
-        throttled_by: names of what slows the machine down now. throttle_counts: counters that only rise.
-        power_mode: of a Jetson, as nvpmodel names or numbers it. power_limit_mw: of an NVIDIA card.
+        clocks_mhz: Clocks in MHz, by the keys of `CLOCKS`.
+        temperature_c: Temperature in °C by thermal zone.
+        throttled_by: Names of the reasons why the machine is throttled now.
+        throttle_counts: Counters of throttling events, which only increase.
+        power_mode: Name or number of a Jetson's power mode, from nvpmodel.
+        power_limit_mw: Power limit of an NVIDIA card in milliwatts.
     """
 
     clocks_mhz: dict[str, float]
@@ -50,12 +56,13 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
-    """What a measurement ran under.
+    """Conditions before and during a measurement.
 
     Attributes:
-        before: in full. during: clocks (`<name>_mhz`) and temperatures at each look in between.
-        throttled_by: at any look, or by a counter that rose. Looks are seconds apart, so a short event that no counter
-            counts may be missed.
+        before: All conditions before the measurement.
+        during: Clocks (`<name>_mhz`) and temperatures (`temperature_c.<zone>`) at each reading during the measurement.
+        throttled_by: Reasons for throttling at any reading, and counters that increased. Readings are seconds apart, so
+            a short event without a counter may be missed.
     """
 
     before: Conditions
@@ -64,10 +71,10 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def conditions(root: Path = Path("/")) -> Conditions:
-    """At this moment.
+    """Return the conditions at this moment.
 
     Args:
-        root: where `sys`, `etc` and `var` are; tests give a made-up tree.
+        root: Folder that contains `sys`, `etc` and `var`; for tests.
     """
     clocks = {name: [*_read(root, read_number, *files)] for name, (_, *files) in CLOCKS.items()}
     zones = [(name, value * _MILLI) for name, value in _thermal(root, "thermal_zone*", "temp")]
@@ -77,7 +84,7 @@ def conditions(root: Path = Path("/")) -> Conditions:
         temperature_c={name: celsius for name, celsius in zones if celsius > _COLDEST_C},
         throttled_by=[kind for kind, state in devices if state and not _NOT_PASSIVE.search(kind)]
         if devices
-        else Unavailable("the kernel names no cooling device"),
+        else Unavailable("the kernel reports no cooling device"),
         throttle_counts=dict(_read(root, lambda file: (file.name, int(read_number(file))), *THROTTLE_COUNTERS)),
         power_mode=_power_mode(root),
     )
@@ -87,24 +94,27 @@ def conditions(root: Path = Path("/")) -> Conditions:
 
 
 def _read(root: Path, read: Callable[[Path], _Value], *patterns: str) -> Iterator[_Value]:
-    """Of every file that can be read; memory clocks and some counters are root's alone, a unit that is off refuses."""
+    """Yield the result of `read` for every matching file that can be read.
+
+    Memory clocks and some counters are readable by root only, and a unit that is switched off returns an error.
+    """
     for file in (file for pattern in patterns for file in sorted(root.glob(pattern))):
         with contextlib.suppress(OSError, ValueError):
             yield read(file)
 
 
 def _thermal(root: Path, pattern: str, file: str) -> Iterator[tuple[str, float]]:
-    """Type and the number in a file of each thermal zone or cooling device that answers."""
+    """Yield type and value of each thermal zone or cooling device that responds."""
     return _read(root, lambda f: (read_text(f / "type"), read_number(f / file)), f"sys/class/thermal/{pattern}")
 
 
 def _with_card(here: Conditions) -> Conditions:
-    """An NVIDIA card's beside the machine's."""
+    """Add the clocks, temperature, throttling and power limit of an NVIDIA card."""
     with open_card() as card:
         kinds = {"gpu": card.nvml.NVML_CLOCK_SM, "memory": card.nvml.NVML_CLOCK_MEM}
         clocks = {name: card.number("ClockInfo", kind) for name, kind in kinds.items()}
         celsius = card.number("Temperature", card.nvml.NVML_TEMPERATURE_GPU)
-        # Under its new name, or the old one, which drivers before 535 know alone and CUDA 14 is to drop.
+        # Drivers before 535 only know the old name of this function, which CUDA 14 is to remove.
         bits = card.number("CurrentClocksEventReasons")
         bits = card.number("CurrentClocksThrottleReasons") if bits is None else bits
         limit = card.number("EnforcedPowerLimit")
@@ -120,6 +130,7 @@ def _with_card(here: Conditions) -> Conditions:
 
 
 def _power_mode(root: Path) -> str | None:
+    """Return the name of a Jetson's power mode, its number if the name is unknown, or None."""
     status, conf = ("".join(_read(root, read_text, file)) for file in ("var/lib/nvpmodel/status", "etc/nvpmodel.conf"))
     number = re.search(r"pmode:0*(\d+)", status)
     if number is None:
@@ -129,7 +140,7 @@ def _power_mode(root: Path) -> str | None:
 
 
 def summarise_conditions(before: Conditions, during: Sequence[Conditions], after: Conditions) -> Observation:
-    """Of looks before, during and after a measurement."""
+    """Combine readings before, during and after a measurement."""
     series: dict[str, list[float]] = {}
     for look in during:
         clocks = {f"{name}_mhz": mhz for name, mhz in look.clocks_mhz.items()}

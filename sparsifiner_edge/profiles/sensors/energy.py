@@ -1,4 +1,4 @@
-"""Joules per inference out of a recording, with an interval over parts of it."""
+"""Energy per inference from a recording, with an interval."""
 
 from __future__ import annotations
 
@@ -16,26 +16,41 @@ from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Quantity
 
 Spans = list[tuple[float, float]]
-"""Seconds since a recording's start, ascending, apart."""
+"""Disjoint time spans as (start, end), ascending, in seconds since the start of a recording."""
 _LEAST_COVERED = 0.8
-_PARTS, _PART_READINGS = 20, 5
-"""An interval divides the windows into at most this many parts, of at least this many readings."""
+"""Minimum share of the windows that readings must cover."""
+_PARTS = 20
+"""Maximum number of parts into which the windows are divided for an interval."""
+_PART_READINGS = 5
+"""Minimum number of readings per part."""
 _PAUSE_S = 0.02
-"""Blocks of one process follow each other within it; another's, and what is run unrecorded after it, last longer."""
+"""Maximum pause in seconds between two consecutive blocks of one process.
+
+A block of another process, with the unrecorded queries after it, takes longer.
+"""
 _MOST_WATTS = 3000.0
-"""No rail that this package meets carries more: a counter that seems to have gone further was reset, not wrapped."""
+"""Maximum power of a rail in watts, more than any supported device draws.
+
+A counter that seems to have advanced faster was reset; it did not wrap.
+"""
 _METHOD = (
-    "Student's t over the mean power of up to 20 parts of the windows, effective sample size; for net with half "
-    "of what the idle baselines differ by; the sensor's own accuracy and averaging are not in it"
+    "Student's t over the mean power of up to 20 parts of the windows, effective sample size; for net energy combined "
+    "with half the difference of the idle baselines; excludes the sensor's own accuracy and averaging"
 )
 
 
 class Energy(msgspec.Struct, frozen=True, kw_only=True):
-    """What inferences cost.
+    """Power and energy of inferences.
 
     Attributes:
-        sensor, total: what was read. window_s: how long inferences ran. readings: that power was taken from.
-        gross_j_per_inference, net_j_per_inference: at 95 %. idle_w: the mean of before and after.
+        sensor: Name of the sensor.
+        total: Components of the sensor's total.
+        window_s: Total time of the inferences in seconds.
+        readings: Number of readings within the windows.
+        gross_j_per_inference: Energy per inference in joules, with a 95 % interval.
+        net_j_per_inference: The same without idle power.
+        mean_w: Mean power within the windows in watts.
+        idle_w: Mean power of the idle baselines in watts.
     """
 
     sensor: str
@@ -49,52 +64,58 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Power(NamedTuple):
-    """Readings, arrays [n]: watts, each measured from `since` to `until`, seconds since the recording's start."""
+    """Power readings.
+
+    Attributes:
+        since: Start of each reading's interval, in seconds since the start of the recording [n].
+        until: End of each reading's interval [n].
+        watts: Power during the interval in watts [n].
+    """
 
     since: Array
     until: Array
     watts: Array
 
     def within(self, spans: Spans) -> _Power:
-        """Those measured wholly within one of the windows: others hold the power of what ran outside."""
+        """Return the readings whose interval lies within one of the spans; others contain power of other work."""
         starts, ends = np.array([*spans, (math.inf, math.inf)]).T
         place = np.searchsorted(starts, self.since, "right") - 1
-        whole = (place >= 0) & (self.until <= ends[place])
-        return _Power(self.since[whole], self.until[whole], self.watts[whole])
+        inside = (place >= 0) & (self.until <= ends[place])
+        return _Power(self.since[inside], self.until[inside], self.watts[inside])
 
     @property
     def mean_w(self) -> float:
-        """By time, where readings last."""
+        """Mean power in watts, weighted by the length of the intervals if they have one."""
         seconds = self.until - self.since
         return float(np.average(self.watts, weights=seconds if seconds.sum() else None))
 
 
 def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> Energy:
-    """What `inferences` inferences within `windows` cost.
+    """Return the energy of the inferences within windows.
 
-    Gross is all that the sensor's total saw; net is gross minus idle power times the windows' time, that is, what
-    a machine that is on anyway spends. Power is the mean of the readings within the windows; of a sensor that counts
-    energy itself, of what it counted between two of them.
+    Gross energy is everything that the sensor's total measured. Net energy is gross energy minus idle power times the
+    time of the windows: the additional energy of a machine that is switched on anyway. Power is the mean of the
+    readings within the windows; for a sensor that counts energy, it follows from consecutive counts.
 
     Args:
-        recording: after its block has ended.
-        windows: when the inferences ran, CLOCK_MONOTONIC nanoseconds; windows that overlap count once.
-        inferences: how many they were, all windows together.
+        recording: Recording whose `with` block has ended.
+        windows: Start and end of the inferences, in nanoseconds of CLOCK_MONOTONIC; overlapping windows count once.
+        inferences: Number of inferences in all windows.
     """
     power, spans = _power(recording), _spans(recording, windows)
     window_s = sum(end - begin for begin, end in _spans(recording, windows, 0.0))
     inside, (idle, drift) = power.within(spans), _idle(recording, power)
-    none = Unavailable(_why_none(recording, spans, window_s, inferences, len(inside.watts)))
-    mean_w: Known[float] = none if none.why else inside.mean_w
-    gross: Known[Quantity] = none
-    net: Known[Quantity] = none
+    missing = Unavailable(_why_none(recording, spans, window_s, inferences, len(inside.watts)))
+    mean_w: Known[float] = missing if missing.why else inside.mean_w
+    gross: Known[Quantity] = missing
+    net: Known[Quantity] = missing
     if isinstance(mean_w, float):
         reach, seconds = _reach(inside, recording), window_s / inferences
         gross = _joules(mean_w, reach, seconds)
         if isinstance(idle, Unavailable):
             net = idle
         elif math.isclose(idle, mean_w, rel_tol=1e-9):
-            net = Unavailable("the sensor read exactly the same, idle and at work: it hangs, or does not see the work")
+            net = Unavailable("the sensor read the same idle and under load: it hangs, or does not measure this load")
         else:
             net = _joules(mean_w - idle, None if reach is None else math.hypot(reach, drift), seconds)
     return Energy(
@@ -110,7 +131,7 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
 
 
 def _spans(recording: Recording, windows: Sequence[Window], pause_s: float = _PAUSE_S) -> Spans:
-    """Windows, those with no more than `pause_s` between them as one; those of no length left out."""
+    """Convert windows to spans; windows at most `pause_s` apart are joined, and empty windows are dropped."""
     start, spans = recording.start_ns, list[tuple[float, float]]()
     for begin, end in sorted(((begin - start) / 1e9, (end - start) / 1e9) for begin, end in windows if end > begin):
         if spans and begin - spans[-1][1] <= pause_s:
@@ -121,15 +142,17 @@ def _spans(recording: Recording, windows: Sequence[Window], pause_s: float = _PA
 
 
 def _power(recording: Recording) -> _Power:
-    """Of the sensor's total. A counter that falls has wrapped, where it wraps at all and that explains it; else it was
-    reset, and what lies between is not known.
+    """Return the power of the sensor's total.
+
+    A counter that decreases has wrapped, if it can wrap and the result is plausible. Otherwise it was reset, and the
+    interval is dropped.
     """
     sensor, moments = recording.sensor, recording.seconds()
     rails = list(recording.readings[0]) if recording.readings else []
     table = np.array([[reading[rail] for rail in rails] for reading in recording.readings]).reshape(
         len(moments), len(rails)
     )
-    since = moments - sensor.averaging_s  # What is read may be as old.
+    since = moments - sensor.averaging_s  # A reading may describe power from this long ago.
     if not sensor.counts:
         return _Power(since, moments, table.sum(axis=1))
     steps, gains = np.diff(moments), np.diff(table, axis=0)
@@ -139,10 +162,10 @@ def _power(recording: Recording) -> _Power:
 
 
 def _why_none(recording: Recording, spans: Spans, window_s: float, inferences: int, inside: int) -> str:
-    """Why there can be no figure; empty where there is one."""
+    """Return the reason why there is no energy per inference; empty if there is one."""
     sensor, moments = recording.sensor, recording.seconds()
     if inferences < 1 or not spans:
-        return f"{inferences} inferences in {window_s:g} s of windows: there is nothing to divide"
+        return f"{inferences} inferences in {window_s:g} s of windows: too few for an energy per inference"
     usual = max(sensor.period_s, float(np.median(np.diff(moments)))) if len(moments) > 1 else sensor.period_s
     read = sum(np.count_nonzero((moments >= begin) & (moments <= end)) for begin, end in spans)
     if read * usual < _LEAST_COVERED * window_s:
@@ -150,28 +173,34 @@ def _why_none(recording: Recording, spans: Spans, window_s: float, inferences: i
     if not inside:
         longest = max(end - begin for begin, end in spans)
         return (
-            f"{sensor.name} averages over {sensor.averaging_s:g} s, and no window is as long (longest {longest:.3g} s)"
+            f"{sensor.name} averages over {sensor.averaging_s:g} s, and all windows are shorter (up to {longest:.3g} s)"
         )
     return ""
 
 
 def _reach(inside: _Power, recording: Recording) -> float | None:
-    """Watts, 95 %: how far the mean power of such windows may lie from what it was; None: too few parts to say."""
+    """Return the half-width of the 95 % interval of the mean power in watts; None if there are too few parts."""
     least = _PART_READINGS + math.ceil(recording.sensor.averaging_s / recording.sensor.period_s)
     parts = min(_PARTS, len(inside.watts) // least)
     return mean_reach([part.mean() for part in np.array_split(inside.watts, parts)]) if parts else None
 
 
 def _idle(recording: Recording, power: _Power) -> tuple[Known[float], float]:
-    """Mean power of the idle baselines, and half of what the first and the last differ by."""
+    """Return the mean power of the idle baselines, and half the difference between the first and the last, in watts."""
     inside = [power.within([span]) for span in _spans(recording, recording.idle, 0.0)]
     means = [readings.mean_w for readings in inside if len(readings.watts)]
     if not means:
-        return Unavailable("no idle baseline was read, before or after"), 0.0
+        return Unavailable("no idle baseline was recorded"), 0.0
     return float(np.mean(means)), abs(means[0] - means[-1]) / 2
 
 
 def _joules(watts: float, reach_w: float | None, seconds: float) -> Quantity:
-    """Energy of one inference of `seconds`, its power known to within `reach_w` on either side."""
-    low, high = (None if reach_w is None else (watts + way * reach_w) * seconds for way in (-1, 1))
+    """Return the energy of one inference in joules.
+
+    Args:
+        watts: Mean power in watts.
+        reach_w: Half-width of its interval in watts; None if unknown.
+        seconds: Time per inference in seconds.
+    """
+    low, high = (None if reach_w is None else (watts + sign * reach_w) * seconds for sign in (-1, 1))
     return quantity(watts * seconds, low, high, _METHOD)

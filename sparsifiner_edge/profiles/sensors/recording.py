@@ -1,4 +1,4 @@
-"""Reading a sensor beside a measurement: a thread of its own, in the process that does not measure."""
+"""Recording of a power sensor during a measurement, in a thread of the process that does not run the model."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from sparsifiner_edge.profiles.sensors.nvml import open_card
 from sparsifiner_edge.profiles.sensors.power import PowerSensor, UnavailableError, why
 
 Window = tuple[int, int]
-"""Start and end, nanoseconds of CLOCK_MONOTONIC (`time.monotonic_ns()`), which all processes of a machine share."""
+"""Start and end, in nanoseconds of CLOCK_MONOTONIC (`time.monotonic_ns()`), which all processes of a machine share."""
 
 _JOIN_S = 5.0
+"""Seconds to wait for the last reading at the end."""
 
 
 class Recording:
-    """What a sensor and the machine told: a thread reads them for as long as its block lasts.
+    """Readings of a power sensor and of the machine's conditions, taken by a thread during a `with` block.
 
     Args:
-        sensor: from `find_sensor`.
-        root: where `proc`, `sys`, `etc` and `var` are; for `conditions`.
-        conditions_period_s: time between looks at clocks and temperatures.
+        sensor: Result of `find_sensor`.
+        root: Folder that contains `proc`, `sys`, `etc` and `var`; for `conditions`.
+        conditions_period_s: Time between readings of clocks and temperatures in seconds.
 
     Attributes:
-        start_ns: of the block.
-        times_ns: when each reading arrived, ascending. readings: of `sensor.read`, one for each time.
-        idle: the idle baselines, in order.
-        looks: time and `conditions`: on entering, now and then, and on leaving.
-        problems: what went wrong, with how often.
+        sensor: The power sensor.
+        start_ns: Start of the block.
+        times_ns: Time of arrival of each reading, ascending.
+        readings: Results of `sensor.read`, one for each time.
+        idle: Idle baselines, in order.
+        looks: Time and `conditions`: on entering, at intervals, and on leaving.
+        problems: Number of occurrences of each problem.
     """
 
     def __init__(self, sensor: PowerSensor, root: Path = Path("/"), *, conditions_period_s: float = 2.0) -> None:
@@ -50,7 +53,7 @@ class Recording:
         self._thread = threading.Thread(target=self._run, name="power sensor", daemon=True)
 
     def __enter__(self) -> Recording:
-        # Opening NVML may take a second where no daemon keeps the driver awake: once, not at each look.
+        # Without a daemon that keeps the driver loaded, opening NVML may take a second, so it is opened only once.
         with contextlib.suppress(UnavailableError):
             self._card.enter_context(open_card())
         self._look()
@@ -68,17 +71,17 @@ class Recording:
             self._card.close()
 
     def stay_idle(self, seconds: float) -> None:
-        """Wait, and mark the time as idle: call it before and after the inferences, with the model loaded."""
+        """Wait, and mark the time as idle; call it before and after the inferences, with the model loaded."""
         start = time.monotonic_ns()
         time.sleep(seconds)
         self.idle.append((start, time.monotonic_ns()))
 
     def seconds(self) -> Array:
-        """When each reading arrived, since the start [n]."""
+        """Return the time of arrival of each reading, in seconds since the start [n]."""
         return (np.array(self.times_ns, dtype=np.int64) - self.start_ns) / 1e9
 
     def samples(self) -> dict[str, list[float]]:
-        """Every reading: `time_s` since the start, and by rail `<rail>_w` or `<rail>_j`."""
+        """Return all readings: `time_s` since the start, and `<rail>_w` or `<rail>_j` for each rail."""
         if not self.readings:
             return {}
         unit = "j" if self.sensor.counts else "w"
@@ -86,31 +89,34 @@ class Recording:
         return {"time_s": self.seconds().tolist(), **columns}
 
     def describe(self) -> dict[str, Any]:
-        """The sensor, seconds of the idle baselines, and how many readings there are; for a result."""
+        """Return the description of the sensor, seconds of the idle baselines and number of readings, for a result."""
         names = ("name", "total", "period_s", "averaging_s", "not_used")
         idle = [(end - start) / 1e9 for start, end in self.idle]
         return {name: getattr(self.sensor, name) for name in names} | {"idle_s": idle, "readings": len(self.readings)}
 
     def conditions(self, windows: Sequence[Window]) -> Observation:
-        """Before, during (within `windows`) and after. Once the block is left."""
+        """Return the conditions before, during (within `windows`) and after the block, which must have ended."""
         (_, before), *between, (_, after) = self.looks
         during = [look for moment, look in between if any(start <= moment <= end for start, end in windows)]
         return summarise_conditions(before, during, after)
 
     def problem_counts(self) -> list[str]:
-        """The problems, each with its count."""
+        """Return the problems, each with its number of occurrences."""
         return [text if count == 1 else f"{text} ({count} times)" for text, count in self.problems.items()]
 
     def _look(self) -> None:
+        """Read clocks, temperatures and throttling."""
         self.looks.append((time.monotonic_ns(), conditions(self._root)))
 
     def _run(self) -> None:
+        """Run the sampling thread."""
         try:
             self._sample()
         except Exception as error:  # A measurement must outlive its sensors.
             self.problems[f"the sampling thread died: {type(error).__name__}: {why(error)}"] += 1
 
     def _sample(self) -> None:
+        """Take readings at a fixed period until the block ends."""
         deadline, period_s = time.monotonic(), self.sensor.period_s
         next_look = deadline + self._conditions_period_s
         while not self._stop.is_set():
@@ -118,7 +124,7 @@ class Recording:
             if time.monotonic() >= next_look:
                 self._look()
                 next_look = time.monotonic() + self._conditions_period_s
-            # Deadlines, so that reading's own time does not stretch the period; after a delay none is caught up on.
+            # Deadlines keep the period independent of the time that a reading takes; missed readings are skipped.
             deadline = max(deadline + period_s, time.monotonic())
             self._stop.wait(deadline - time.monotonic())
 
@@ -129,9 +135,9 @@ class Recording:
         except (OSError, ValueError, UnavailableError) as error:
             self.problems[why(error)] += 1
             return
-        odd = [rail for rail, value in reading.items() if not 0 <= value < math.inf]
-        if odd:
-            self.problems[f"{', '.join(odd)} below zero, or no number: those readings were dropped"] += 1
+        invalid = [rail for rail, value in reading.items() if not 0 <= value < math.inf]
+        if invalid:
+            self.problems[f"{', '.join(invalid)}: readings below zero or not finite were dropped"] += 1
         elif reading:
             self.times_ns.append(moment)
             self.readings.append(reading)

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: what both share, `full` and `rtx`, each a backend. Importing this loads neither."""
+"""Backends TensorRT (`full`) and TensorRT-RTX (`rtx`), and the code that they share. Importing this loads neither."""

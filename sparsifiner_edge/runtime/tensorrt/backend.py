@@ -1,9 +1,15 @@
-"""What the backends TensorRT and TensorRT-RTX share: building, timing and opening engines.
+"""Code that the backends TensorRT and TensorRT-RTX share: building, timing and opening engines.
 
-Sparse attention and merging are built in the ways that TensorRT can have them: `bodies` are the standard operators in
-the file, `plugin` the project's CUDA kernels. Others compute something else, and are kept where they are faster and
-close to the bundle's outputs (`runtime.golden.LEAST_DENSE_COSINE`): `dense` is ordinary attention, `mixed` has it in
-some layers, in `unmerged` nothing merges either (`baseline`).
+An engine can implement sparse attention and token merging in several variants:
+
+- `bodies`: ONNX function bodies, that is, the standard operators in the file;
+- `plugin`: this project's CUDA kernels as TensorRT plugins;
+- `mixed`: as `plugin`, with dense attention in the layers where it is expected to be faster;
+- `dense`: dense attention in all layers;
+- `unmerged`: dense attention, and no merging (see `baseline`).
+
+The last three compute a different function from the file. They are kept only if they are faster and their outputs are
+close to the golden ones (`runtime.golden.LEAST_DENSE_COSINE`).
 """
 
 from __future__ import annotations
@@ -44,34 +50,39 @@ from sparsifiner_edge.runtime.tensorrt.baseline import dense_model, unmerged_mod
 from sparsifiner_edge.runtime.tensorrt.errors import build_error, make_logger, parse_error
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
-WARM_UP, RUNS = 10, 30
+WARM_UP = 10
+"""Number of untimed runs of an engine before it is timed; they include the recording of the CUDA graph."""
+RUNS = 30
+"""Number of timed runs of an engine; the median counts."""
 
 
 class TensorRtBackend(Backend):
-    """Either of them; `load` gives its module.
+    """Base class of the two backends.
 
     Attributes:
-        product: its name, for people.
+        product: Name of the product, for users.
     """
 
     product: ClassVar[str]
 
     def engines_to_build(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Engine]:
-        """The engines to build; what cannot be built is rejected before any build starts.
+        """Plan the engines to build, and reject impossible requests before any build starts.
 
         Args:
-            capabilities: compute capabilities, such as ("8.6", "8.9"); none: this machine's GPU.
-            batch: sizes that the engines take; all equal where the bundle's batch is fixed.
+            bundle: Bundle to build for.
+            capabilities: Compute capabilities, such as ("8.6", "8.9"). If empty, that of this machine's GPU.
+            batch: Batch sizes of the engines; all equal if the bundle has a fixed batch.
 
         Returns:
-            Engines without a file; under `details.variants` their `variants`.
+            Engines without a file. Their `details.variants` hold the variants to build, and the reasons why others are
+            not built.
 
         Raises:
-            SparsifinerError: says what, and what to do.
+            SparsifinerError: The backend cannot build one of the engines.
         """
         if bundle.manifest.precision == "int8" and bundle.manifest.float16 is None:
             raise BackendError(
-                f"{self.product} takes int8 with zero point 0, and {bundle.folder} is of uint8, for the processor.",
+                f"{self.product} requires int8 with zero point 0, but {bundle.folder} has uint8 activations.",
                 "Export it again with --int8-target tensorrt, or run it with --backend onnxruntime.",
             )
         version, engines = str(self.load().__version__), []
@@ -84,23 +95,41 @@ class TensorRtBackend(Backend):
 
     @abc.abstractmethod
     def targets(self, capabilities: Sequence[str]) -> Sequence[str]:
-        """Compute capabilities to build for, of those that `engines_to_build` is given."""
+        """Return the compute capabilities to build for.
+
+        Args:
+            capabilities: Requested capabilities, as passed to `engines_to_build`.
+
+        Raises:
+            SparsifinerError: The backend cannot build for one of them on this machine.
+        """
 
     @abc.abstractmethod
     def variants(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
-        """What may carry out sparse attention in an engine, the one that always works first, and why it is not built;
-        None: it is. Kernels "portable" are the bodies alone, "native" the project's CUDA kernels.
+        """Return the variants of an engine, the one that always works first.
+
+        The option `kernels` limits them: "portable" to the function bodies, "native" to this project's CUDA kernels.
+
+        Returns:
+            Name of the variant -> reason why it is not built, or None if it is built.
         """
 
     def compile(self, model: onnx.ModelProto, engine: Engine, _bundle: Bundle) -> bytes:
-        """The content of an engine for an ONNX file (the bundle's, or `dense_model` of it).
+        """Build an engine from an ONNX model.
 
-        The network is strongly typed: every type comes from the file, int8 through its QDQ nodes.
+        The network is strongly typed: all types come from the file, int8 through its QDQ nodes.
+
+        Args:
+            model: Model of the bundle, or a variant of it such as `dense_model`.
+            engine: Engine to build.
+
+        Returns:
+            The serialized engine.
 
         Raises:
-            UnsupportedModelError: the parser rejects the model; its nodes are named.
-            ConfigError: an axis other than the batch is dynamic.
-            BackendError: TensorRT cannot build it.
+            UnsupportedModelError: The parser rejects the model; the message names the nodes.
+            ConfigError: An axis other than the batch is dynamic.
+            BackendError: TensorRT cannot build the engine.
         """
         trt = self.load()
         messages, name = make_logger(trt), f"{self.product} {trt.__version__}"
@@ -110,7 +139,7 @@ class TensorRtBackend(Backend):
         if not parser.parse(model.SerializeToString()):
             raise parse_error(parser, name)
         config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-        # TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more.
+        # TF32 keeps 10 bits of the mantissa, with which an fp32 bundle would fail its golden check.
         config.clear_flag(trt.BuilderFlag.TF32)
         dynamic = [tensor for tensor in map(network.get_input, range(network.num_inputs)) if -1 in tensor.shape]
         for tensor in dynamic:
@@ -121,7 +150,7 @@ class TensorRtBackend(Backend):
                 )
             sizes = (engine.batch.least, engine.batch.best, engine.batch.most)
             profile.set_shape(tensor.name, *((size, *shape[1:]) for size in sizes))
-        if dynamic:  # A model whose axes are all fixed needs no profile.
+        if dynamic:  # A model with fixed axes needs no optimization profile.
             config.add_optimization_profile(profile)
         with self.configure(trt, config, engine) as how:
             serialised = builder.build_serialized_network(network, config)
@@ -131,33 +160,42 @@ class TensorRtBackend(Backend):
 
     @abc.abstractmethod
     def configure(self, trt: Any, config: Any, engine: Engine) -> contextlib.AbstractContextManager[str]:
-        """Settings of its own for a build, in the block; gives a sentence about them, for errors."""
-
-    def build(self, engine: Engine, folder: Path, output: Path) -> Details:
-        """Build one variant of an engine; called in a worker process that may die.
-
-        Args:
-            engine: as planned; `details.kernels` says which variant. folder: the bundle. output: file to write.
+        """Apply the backend's own build settings for the duration of a `with` block.
 
         Returns:
-            What is known of it; under `variants` what its runs gave, or why it was not run here.
+            A context manager that gives a sentence about the settings, for error messages.
+        """
+
+    def build(self, engine: Engine, folder: Path, output: Path) -> Details:
+        """Build one variant of an engine, and time and check it if this machine can run it.
+
+        This runs in a child process, which may die. Errors are passed on to the caller of `build_engine`.
+
+        Args:
+            engine: Planned engine; `details.kernels` names the variant.
+            folder: Folder of the bundle.
+            output: Engine file to write.
+
+        Returns:
+            Details of the engine. Its `variants` hold the result of the runs, or the reason why there were none.
 
         Raises:
-            SparsifinerError: reaches the caller of `build_engine`.
+            SparsifinerError: The variant cannot be built or run.
         """
         start, bundle, kernels = time.monotonic(), open_bundle(folder), str(engine.details.kernels)
         model = bundle.model()
         if kernels == DENSE:
             model = dense_model(model)
         elif kernels == UNMERGED:
-            whole = unmerged_model(model)
-            if whole is None:
-                raise BackendError("This file's merging is not as this package exports it.", "Export it again.")
-            model = whole
+            unmerged = unmerged_model(model)
+            if unmerged is None:
+                what = "The file's merge layers are not in the form that this package exports."
+                raise BackendError(what, "Export the bundle again.")
+            model = unmerged
         content = self.compile(model, engine, bundle)
         with io_errors(output):
             output.write_bytes(content)
-        seconds, processor = time.monotonic() - start, time.process_time()
+        seconds, cpu_seconds = time.monotonic() - start, time.process_time()
         why = self.why_not_here(engine)
         timed = EngineVariant(failed=why)
         if why is None:
@@ -168,73 +206,79 @@ class TensorRtBackend(Backend):
             variants={kernels: timed},
             bytes=len(content),
             build_seconds=seconds,
-            cpu_seconds=processor,
+            cpu_seconds=cpu_seconds,
         )
 
     def require_driver(self, device: CudaDevice) -> CudaDevice:
-        """The device, where its driver takes this TensorRT: one for a newer CUDA still makes its objects, and
-        ends the process on use.
+        """Return the device after a check that its driver supports the installed TensorRT.
+
+        A TensorRT for a newer CUDA can create its objects all the same, but it ends the process when they are used.
 
         Raises:
-            BackendError: says which package it is, and what to do.
+            BackendError: The installed package requires a newer driver.
         """
-        takes = major(device.driver_version)
+        supported = major(device.driver_version)
         for cuda in (12, 13):
             name = f"{self.name}-cu{cuda}"
-            if takes < cuda and isinstance(package_version(name), str):
+            if supported < cuda and isinstance(package_version(name), str):
                 raise BackendError(
                     f"{name} needs a driver for CUDA {cuda}, and this one takes CUDA {device.driver_version} at most.",
-                    f"Update the driver, or install a {self.name} for CUDA {takes} in its place; "
-                    "sparsifiner-edge doctor says which extra fits.",
+                    f"Update the driver, or install a {self.name} for CUDA {supported} instead; "
+                    "`sparsifiner-edge doctor` says which extra fits.",
                 )
         return device
 
     def why_not_here(self, engine: Engine) -> str | None:
-        """Why an engine cannot be run on this machine, such as "CUDA finds no device."; None where it can."""
+        """Return why an engine cannot run on this machine, such as "CUDA finds no device.", or None if it can."""
         try:
             return "; ".join(mismatches(engine, self._this_machine())) or None
         except SparsifinerError as error:
             return error.what
 
     def _this_machine(self) -> EngineDevice:
-        """What an engine must fit to run here, after CUDA has answered."""
+        """Return the device that an engine must fit to run on this machine, after a check that CUDA works."""
         device = self.require_driver(probe())
         return EngineDevice(str(self.load().__version__), device.compute_capability, device.name)
 
     def check(self, bundle: Bundle) -> Engine:
-        """The engine of a bundle that runs on this machine; see `Backend.check`."""
+        """Return the engine of a bundle that runs on this machine; see `Backend.check`."""
         if self.execution.kernels != "auto":
             raise BackendError(
-                f"An engine's kernels are chosen when it is built, and kernels are {self.execution.kernels}.",
-                f"Leave --kernels out; give it to: sparsifiner-edge build {bundle.folder} --backend {self.name}",
+                f"kernels is {self.execution.kernels}, but an engine's kernels are chosen when it is built.",
+                f"Leave --kernels out, or pass it to: sparsifiner-edge build {bundle.folder} --backend {self.name}",
             )
-        require_precision(self.execution.precision, bundle.manifest.float_precision, self.name)
+        require_precision(self.execution.compute_precision, bundle.manifest.float_precision, self.name)
         trt, folder, engines = self.load(), bundle.folder, bundle.manifest.engines
-        # What needs no GPU to be seen comes first: another system's engine would not run with one either.
+        # First the checks that need no GPU: an engine of another system would not run with a GPU either.
         fitting_engine(engines, self.name, EngineDevice(str(trt.__version__)), folder)
         return fitting_engine(engines, self.name, self._this_machine(), folder)
 
     def prepare(self, bundle: Bundle, engine: Engine) -> None:
-        """What must be there before an engine is loaded: nothing."""
+        """Prepare this process for loading an engine. By default nothing is needed."""
 
     def open(self, bundle: Bundle) -> EngineSession:
-        """See `Backend.open`."""
+        """Open a session on the engine of a bundle that fits this machine; see `Backend.open`."""
         engine, trt = self.check(bundle), self.load()
         self.prepare(bundle, engine)
         return EngineSession(trt, bundle.folder / engine.file, bundle.read(engine.file), engine, bundle.manifest)
 
 
 def baselines(bundle: Bundle) -> list[str]:
-    """What takes the place of what a bundle's file has: `DENSE` of sparse attention, `UNMERGED` of merging."""
+    """Return the baseline variants for a bundle: `DENSE` if it has sparse attention, `UNMERGED` if it merges tokens."""
     instead = {"SparseAttention": DENSE, "MergeTokens": UNMERGED}
     return [baseline for name, baseline in instead.items() if f"{DOMAIN}::{name}" in bundle.manifest.ops]
 
 
 def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineVariant:
-    """Median milliseconds that the device computes, and the gate.
+    """Run the golden check on an engine and measure its median device time.
 
     Args:
-        session: on the engine; it is closed. batch: the size that it is tuned for.
+        session: Session on the engine; it is closed at the end.
+        bundle: Bundle with the golden pair.
+        batch: Batch size to time, for which the engine is tuned.
+
+    Returns:
+        The result of the golden check and the median device time in milliseconds.
     """
     with session:
         try:
@@ -249,5 +293,5 @@ def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineVar
             session.infer({spec.name: image})
             times.append(session.compute_ms)
         why = session.description.why_no_graph
-    warning = f"runs are not recorded: {why}" if why else None
+    warning = f"runs are not recorded as CUDA graphs: {why}" if why else None
     return EngineVariant(golden=golden, compute_ms=statistics.median(times[WARM_UP:]), warning=warning)

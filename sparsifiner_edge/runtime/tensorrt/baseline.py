@@ -1,4 +1,4 @@
-"""What a sparse model is held against where an engine is built: files made of its own, with its own weights."""
+"""Dense and unmerged variants of a bundle's own file, with which a sparse engine is compared when it is built."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ from sparsifiner_edge.ops.carried import Carried, carried_along
 from sparsifiner_edge.ops.graph import has_sizes, tidy
 from sparsifiner_edge.ops.schema import DOMAIN
 
-_SPARSE, _DENSE = "SparseAttention", "DenseAttention"
+_SPARSE = "SparseAttention"
+"""Operator that is replaced."""
+_DENSE = "DenseAttention"
+"""Operator that replaces it."""
 
 
 def dense_model(model: onnx.ModelProto, layers: Collection[str] | None = None) -> onnx.ModelProto:
-    """A file, changed in place: dense attention in standard operators where it had sparse, in all layers or those whose
-    nodes are named; tokens merge as they did.
+    """Replace sparse attention with dense attention, as ONNX function bodies of standard operators.
+
+    Token merging stays as it is.
+
+    Args:
+        model: Model to change in place.
+        layers: Names of the nodes to replace; None replaces all.
+
+    Returns:
+        The model.
     """
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type == _SPARSE and (layers is None or node.name in layers):
@@ -38,57 +49,78 @@ def dense_model(model: onnx.ModelProto, layers: Collection[str] | None = None) -
 
 
 def unmerged_model(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """The dense model whose tokens a file merges, changed in place; None where the file is not as this package exports
-    it.
+    """Remove token merging and replace sparse attention with dense attention.
+
+    Args:
+        model: Model to change in place.
+
+    Returns:
+        The model, or None if the file does not have the form that this package exports.
     """
-    instead, carried = dict[str, str](), carried_along(model)
+    replaced, carried = dict[str, str](), carried_along(model)
     sizes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
     if not carried or carried[0].match.input[0] not in sizes:
         return None
     _widen(model.graph, carried, sizes[carried[0].match.input[0]][1].dim_value)
     for along in carried:
-        instead[along.merge.output[0]] = along.merge.input[0]
-        instead |= {along.sizes: along.match.input[1]} if along.sizes else {}
-        instead |= dict([along.positions] if along.positions else [])
-        _leave_whole(model.graph, along.places)
+        replaced[along.merge.output[0]] = along.merge.input[0]
+        replaced |= {along.sizes: along.match.input[1]} if along.sizes else {}
+        replaced |= dict([along.positions] if along.positions else [])
+        _read_unmerged(model.graph, along.places)
     for node in model.graph.node:
         for place in range(len(node.input)):
-            while node.input[place] in instead:
-                node.input[place] = instead[node.input[place]]
+            while node.input[place] in replaced:
+                node.input[place] = replaced[node.input[place]]
     tidy(model)
-    del model.graph.value_info[:]  # Of fewer tokens.
+    del model.graph.value_info[:]  # These shapes are for the smaller number of tokens.
     merges = any(node.domain == DOMAIN and node.op_type in ("MatchTokens", "MergeTokens") for node in model.graph.node)
     return None if merges else dense_model(model)
 
 
-def _widen(graph: Any, carried: Sequence[Carried], whole: int) -> None:
-    """Reshapes behind tokens that merge have the number of those left as a constant: let them have that of all."""
+def _widen(graph: Any, carried: Sequence[Carried], total: int) -> None:
+    """Adapt constant shapes of Reshape nodes to a model without merging.
+
+    After a merge layer, such a shape contains the number of tokens that are left. It is replaced with the total number.
+
+    Args:
+        graph: Graph to change in place.
+        carried: Merge layers of the graph, in order.
+        total: Number of tokens before the first merge layer.
+    """
     merged = {along.merge.name: _integer(along.match, "merged") for along in carried}
-    prefix, tokens = _integer(carried[0].match, "num_prefix"), whole
+    prefix, tokens = _integer(carried[0].match, "num_prefix"), total
     numbers = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.INT64]
     shapes = {tensor.name: numpy_helper.to_array(tensor) for tensor in numbers}
     for node in graph.node:
         tokens -= merged.get(node.name, 0)
-        if node.op_type == "Reshape" and node.input[1] in shapes and tokens != whole:
+        if node.op_type == "Reshape" and node.input[1] in shapes and tokens != total:
             shape = shapes[node.input[1]].tolist()
             at = next((n for n, size in enumerate(shape) if n and size in (tokens, tokens - prefix)), None)
             if at is not None:
-                shape[at] += whole - tokens
+                shape[at] += total - tokens
                 node.input[1] = f"{node.input[1]} of all of {node.output[0]}"
                 graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), node.input[1]))
 
 
 def _integer(node: Any, name: str) -> int:
+    """Return an integer attribute of a node."""
     return next(int(attribute.i) for attribute in node.attribute if attribute.name == name)
 
 
-def _leave_whole(graph: Any, places: str | None) -> None:
-    """Where rows of tokens are read at the `places` of all patches, in raster order (`ops.torch.rows_at`), the tokens
-    are all there: one gather has them in that order.
+def _read_unmerged(graph: Any, places: str | None) -> None:
+    """Replace reads of merged tokens with reads of all tokens.
+
+    To restore all patches in raster order after merging, the file reads rows at `places`, the token index of each patch
+    (`ops.torch.rows_at`). Without merging all tokens exist, so that one Gather returns them in raster order.
+
+    Args:
+        graph: Graph to change in place.
+        places: Name of the tensor with the token index of each patch; None if nothing reads it.
     """
     producers = {name: node for node in graph.node for name in node.output}
 
     def read_by(name: str) -> Any:
+        """Return the first node that reads a tensor, or an empty node."""
         return next((node for node in graph.node if name in node.input), onnx.NodeProto())
 
     for node in graph.node:
@@ -99,7 +131,7 @@ def _leave_whole(graph: Any, places: str | None) -> None:
             name = reader.output[0]
         if reader.op_type != "Gather":
             continue
-        rows, whole = producers.get(reader.input[0], onnx.NodeProto()), read_by(reader.output[0])
-        if (rows.op_type, whole.op_type) == ("Reshape", "Reshape"):
-            gather = helper.make_node("Gather", [rows.input[0], node.input[1]], whole.output, whole.name, axis=1)
-            whole.CopyFrom(gather)
+        rows, reshape = producers.get(reader.input[0], onnx.NodeProto()), read_by(reader.output[0])
+        if (rows.op_type, reshape.op_type) == ("Reshape", "Reshape"):
+            gather = helper.make_node("Gather", [rows.input[0], node.input[1]], reshape.output, reshape.name, axis=1)
+            reshape.CopyFrom(gather)

@@ -1,4 +1,4 @@
-"""Full TensorRT, 10.3 (JetPack 6) to 11.x: engines for the GPU of this machine."""
+"""Backend for TensorRT 10.3 (JetPack 6) to 11.x, which builds engines for the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, baselines
 from sparsifiner_edge.runtime.tensorrt.baseline import dense_model
 
-OLDEST, _OURS = (10, 3), (PLUGIN, MIXED)
+OLDEST = (10, 3)
+"""Oldest supported version of TensorRT, that of JetPack 6."""
+_OURS = (PLUGIN, MIXED)
+"""Variants that use this project's CUDA kernels."""
 
 
 class TensorRt(TensorRtBackend):
-    """Builds one engine, for the GPU of this machine."""
+    """Backend that builds one engine, for the GPU of this machine."""
 
     name, product = "tensorrt", "TensorRT"
 
     def load(self) -> Any:
-        """The module `tensorrt`, 10.3 or later; see `Backend.load`."""
+        """Import `tensorrt` and check its version; see `Backend.load`."""
         try:
             trt = import_package("tensorrt", "tensorrt", "tensorrt", "Reinstall it; on a Jetson it comes with JetPack.")
         except MissingExtraError as error:
@@ -55,7 +58,7 @@ class TensorRt(TensorRtBackend):
         return trt
 
     def targets(self, capabilities: Sequence[str]) -> Sequence[str]:
-        """See `TensorRtBackend`."""
+        """Return the compute capability of this machine's GPU; see `TensorRtBackend.targets`."""
         device = self.require_driver(probe())
         others = [c for c in capabilities if c != device.compute_capability]
         if others:
@@ -67,13 +70,18 @@ class TensorRt(TensorRtBackend):
         return (device.compute_capability,)
 
     def variants(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
-        """See `TensorRtBackend`; there are CUDA kernels for sparse attention, and for tokens that merge."""
+        """Return the variants of an engine; see `TensorRtBackend.variants`.
+
+        This project's CUDA kernels exist for sparse attention and token merging.
+        """
         kernels, reason = self.execution.kernels, "the model has no sparse attention, and no tokens merge"
         operators = any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in TRITON)
         why = plugin.why_not(self.load(), bundle, probe(), engine.batch) if operators else reason
         if kernels == "native":
             if why:
-                raise BackendError(f"The CUDA kernels cannot be used: {why}.", "Leave --kernels out, or say portable.")
+                raise BackendError(
+                    f"The CUDA kernels cannot be used: {why}.", "Leave --kernels out, or choose portable."
+                )
             return {PLUGIN: None}
         if kernels == "portable" or not operators:
             return {BODIES: None}
@@ -81,7 +89,7 @@ class TensorRt(TensorRtBackend):
         return {BODIES: None, PLUGIN: why} | dict.fromkeys([*mixed, *baselines(bundle)])
 
     def compile(self, model: onnx.ModelProto, engine: Engine, bundle: Bundle) -> bytes:
-        """See `TensorRtBackend`; after CUDA has answered."""
+        """Build an engine, with this project's plugins if its variant uses them; see `TensorRtBackend.compile`."""
         device = probe()
         if engine.details.kernels == MIXED:
             model = dense_model(model, plugin.dense_layers(bundle, device))
@@ -90,23 +98,25 @@ class TensorRt(TensorRtBackend):
         return super().compile(model, engine, bundle)
 
     def build(self, engine: Engine, folder: Path, output: Path) -> Details:
-        """See `TensorRtBackend`; says where an engine needs this package to run."""
+        """Build a variant, and warn if its engine needs this package to run; see `TensorRtBackend.build`."""
         details = super().build(engine, folder, output)
         if details.kernels not in _OURS or not plugin.is_in_python(self.load()):
             return details
-        needs = "it needs this package where it runs: kernels are launched from Python"
+        needs = "it needs this package at run time: kernels are launched from Python"
         warning = "; ".join(filter(None, (details.chosen.warning, needs)))
         return replace(details, variants={details.kernels: replace(details.chosen, warning=warning)})
 
     def prepare(self, bundle: Bundle, engine: Engine) -> None:
-        """See `TensorRtBackend`."""
+        """Register the plugins that the engine needs; see `TensorRtBackend.prepare`."""
         if engine.details.kernels in _OURS:
             plugin.register(self.load(), bundle, probe())
 
     @contextlib.contextmanager
     def configure(self, trt: Any, config: Any, _engine: Engine) -> Iterator[str]:
-        """See `TensorRtBackend`: scratch, of the free memory, of which an integrated GPU leaves half to the system; and
-        times of kernels that earlier builds measured, in which those of this one are kept.
+        """Set the workspace and the timing cache of a build; see `TensorRtBackend.configure`.
+
+        The workspace is three quarters of the free memory, or half of it on an integrated GPU, which shares the memory
+        with the system. The timing cache holds kernel times of earlier builds and is updated at the end of the block.
         """
         driver = Driver()
         free, version = driver.free_bytes(), str(trt.__version__)
@@ -115,20 +125,21 @@ class TensorRt(TensorRtBackend):
         path, content = _timing_cache(driver.device, version), b""
         with contextlib.suppress(ArtifactError):
             content = read_bytes(path, MAX_FILE)
-        for attempt in dict.fromkeys((content, b"")):  # A damaged file is as good as none.
+        for attempt in dict.fromkeys((content, b"")):  # If the cache is damaged, begin an empty one.
             cache = config.create_timing_cache(attempt)
             if cache is not None and config.set_timing_cache(cache, False):
                 break
-        yield f"It was given {workspace >> 20} MiB of workspace, {free >> 20} MiB were free."
+        yield f"Its workspace was {workspace >> 20} MiB of {free >> 20} MiB of free memory."
         cache = config.get_timing_cache()
         if cache is not None:
-            with contextlib.suppress(ArtifactError):  # A disk that fails costs the next build some time, no more.
+            with contextlib.suppress(ArtifactError):  # Without the file, the next build only takes longer.
                 write_bytes(path, bytes(cache.serialize()))
 
 
 def _timing_cache(device: CudaDevice, version: str) -> Path:
-    """Where the times of a device and a version are kept, in the user's own folder for such: not in the bundle, since
-    native code reads them and they grow with every model built there.
+    """Return the path of the timing cache for a device and a version of TensorRT, in the user's cache folder.
+
+    It is not stored in the bundle, since native code parses it and it grows with every model that is built.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsifiner-edge"
     name = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-").lower()

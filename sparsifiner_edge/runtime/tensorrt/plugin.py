@@ -1,8 +1,9 @@
-"""The project's CUDA kernels inside an engine: quickly deployable plugins of TensorRT 10.9 and later; before, see
-`plugin_v3`.
+"""This project's CUDA kernels as quickly deployable plugins of TensorRT 10.9 and later.
 
-Every launch in a bundle's table becomes a plugin whose ahead-of-time implementation hands its PTX to TensorRT, which
-puts it into the engine. Running the engine needs neither Python nor a library of plugins.
+Every launch in the bundle's kernel table becomes a plugin. Its ahead-of-time implementation passes the PTX code to
+TensorRT, which stores it in the engine. Running the engine needs neither Python nor a plugin library.
+
+For earlier versions of TensorRT see `plugin_v3`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,18 @@ from sparsifiner_edge.runtime.tensorrt import plugin_v3
 from sparsifiner_edge.runtime.tensorrt.plugin_v3 import TYPES
 
 _registered: set[str] = set()
-"""Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
+"""Plugins registered in this process. TensorRT accepts each name once; the name contains a digest of the code."""
 
 
 def why_not(trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange | None = None) -> str | None:
-    """Why the kernels of a bundle cannot go into an engine for a device; None where they can."""
+    """Return why a bundle's kernels cannot be used in an engine, or None if they can.
+
+    Args:
+        trt: Module `tensorrt`.
+        bundle: Bundle with the kernels.
+        device: GPU of the engine.
+        batch: Batch sizes of the engine, if known.
+    """
     table = read_table(bundle, _capability(device))
     if table is None:
         return f"the bundle has no kernels for {device.name}; export it with --board"
@@ -49,29 +57,34 @@ def why_not(trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange | No
         )
     if batch and batch.least != batch.most:
         return (
-            f"it takes one batch size, not {batch.least} to {batch.most}: TensorRT loads its kernels anew at each "
-            "change, and leaks them (issue 4849); give one --batch"
+            f"it takes one batch size, not {batch.least} to {batch.most}: TensorRT reloads its kernels at each change "
+            "and leaks the old ones (issue 4849); give one --batch"
         )
     return None
 
 
 def is_in_python(trt: Any) -> bool:
-    """Whether plugins run in Python, by `plugin_v3`: a version before 10.9 has none that are compiled ahead of time."""
+    """Return True if plugins run in Python (`plugin_v3`): before 10.9, TensorRT has no ahead-of-time plugins."""
     return not hasattr(trt, "QuickPluginCreationRequest")
 
 
 def register(trt: Any, bundle: Bundle, device: CudaDevice) -> None:
-    """Register what an engine with plugins needs where it runs.
+    """Register the plugins that an engine needs at run time. Nothing is needed if the engine contains its code.
 
     Raises:
-        SparsifinerError: see `plugin_v3.register`.
+        BackendError: TensorRT rejects a plugin, or the driver library cannot be loaded.
+        ArtifactError: The bundle's kernel table or code is malformed.
     """
     if is_in_python(trt):
         plugin_v3.register(trt, bundle, _capability(device))
 
 
 def dense_layers(bundle: Bundle, device: CudaDevice) -> tuple[str, ...]:
-    """Nodes of sparse attention that the kernels' table for a device says are faster dense, where not all are."""
+    """Return the sparse attention nodes that run faster with dense attention on a device.
+
+    The bundle's kernel table lists them. The result is empty if these are all sparse attention nodes, which is the
+    variant `dense`.
+    """
     table = read_table(bundle, _capability(device))
     if table is None:
         return ()
@@ -80,16 +93,26 @@ def dense_layers(bundle: Bundle, device: CudaDevice) -> tuple[str, ...]:
 
 
 def _capability(device: CudaDevice) -> int:
-    """As files are named by it: 87 of "8.7"."""
+    """Return the compute capability as it appears in file names, such as 87 for "8.7"."""
     return int(device.compute_capability.replace(".", ""))
 
 
 def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaDevice) -> onnx.ModelProto:
-    """Register the plugins of a bundle for a device, where `why_not` has no reason; returns its model that uses them;
-    or of the model with dense attention in some layers what is left.
+    """Register a bundle's plugins for a device and rewrite a model to use them.
+
+    Call this only if `why_not` returns None.
+
+    Args:
+        trt: Module `tensorrt`.
+        model: Model of the bundle, possibly with dense attention in some layers.
+        bundle: Bundle with the kernels.
+        device: GPU of the engine.
+
+    Returns:
+        The model with launches of kernels in place of the nodes that they replace.
 
     Raises:
-        ArtifactError: the table does not fit the model.
+        ArtifactError: The kernel table does not fit the model.
     """
     table = read_table(bundle, _capability(device))
     assert table is not None
@@ -117,9 +140,10 @@ def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaD
 
 
 def _describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
-    """The function that gives shapes and types of a launch's outputs; the batch is that of its first input."""
+    """Return the function that tells TensorRT the shapes and types of a launch's outputs."""
 
     def description(*inputs: Any) -> Any:
+        """Return the descriptors of the outputs; the batch size is that of the first input."""
         batch = inputs[0].shape_expr[0]
         outputs = launch.outputs.values()
         return tuple(trtp.from_shape_expr((batch, *x.shape), getattr(trt.DataType, TYPES[x.dtype])) for x in outputs)
@@ -129,9 +153,10 @@ def _describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
 
 
 def _implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
-    """The function that gives a launch's kernel, grid and block; the grid's third axis is the batch."""
+    """Return the function that tells TensorRT the kernel, grid and block of a launch."""
 
     def implementation(*arguments: Any) -> Any:
+        """Return the kernel and its launch parameters; the third axis of the grid is the batch."""
         wide, high = launch.grid
         sizes = trtp.KernelLaunchParams(
             grid_x=wide,
@@ -148,12 +173,12 @@ def _implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
 
 
 def _tensors(trtp: Any, names: Collection[str]) -> Any:
-    """The annotation of a tuple of these tensors."""
+    """Return the type annotation for a tuple of tensor descriptors, one per name."""
     return types.GenericAlias(tuple, (trtp.TensorDesc,) * len(names))
 
 
 def _with_signature(function: Any, parameters: Sequence[tuple[str, Any]], returns: Any) -> Any:
-    """The function under the signature that TensorRT reads names and types from."""
+    """Set the signature of a function, from which TensorRT reads names and types, and return the function."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     arguments: Sequence[inspect.Parameter] = [inspect.Parameter(n, kind, annotation=a) for n, a in parameters]
     function.__signature__ = inspect.Signature(arguments, return_annotation=returns)

@@ -1,10 +1,10 @@
-"""The project's CUDA kernels in engines of TensorRT 10.3 to 10.8, such as JetPack 6's: plugins written in Python.
+"""This project's CUDA kernels as plugins in Python, for TensorRT 10.3 to 10.8 such as in JetPack 6.
 
-Every launch in a bundle's table is a plugin, by the name that it has there, which holds a digest of its code. An engine
-knows plugins by name alone, so they are registered before one is built, and before one is opened. What is recorded of a
-run launches them without Python.
+Every launch in the bundle's kernel table is a plugin of the same name, which contains a digest of the code. An engine
+refers to plugins by name only, so they are registered before an engine is built and before it is opened. A recorded run
+(CUDA graph) launches the kernels without Python.
 
-Plugins have no fields: bindings of TensorRT 10.3 to 10.13 misread arrays under NumPy 2.
+The plugins have no fields, because the bindings of TensorRT 10.3 to 10.13 misread arrays under NumPy 2.
 """
 
 from __future__ import annotations
@@ -21,22 +21,36 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.tensorrt.errors import PLUGIN_FAILURES
 
 TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
-"""Types of launches' tensors, and TensorRT's names of them."""
-_VERSION, _PLAIN_SHARED_BYTES = "1", 48 << 10
-"""Shared memory of a block for which the driver need not be asked."""
-_LOG, _LOG_BYTES, _LOG_LENGTH, _SHARED = 5, 6, 2048, 8
-"""CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES; CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+"""Type of a launch's tensor -> its name in `tensorrt.DataType`."""
+_VERSION = "1"
+"""Version of the plugins. It never changes, because the name of a plugin contains a digest of its code."""
+_PLAIN_SHARED_BYTES = 48 << 10
+"""Dynamic shared memory in bytes that a block may use without a request to the driver (48 KiB, CUDA's default)."""
+_LOG = 5
+"""Value of CU_JIT_ERROR_LOG_BUFFER: the buffer for errors of the PTX compiler."""
+_LOG_BYTES = 6
+"""Value of CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES: the size of that buffer."""
+_LOG_LENGTH = 2048
+"""Size of that buffer in bytes, enough for the first errors."""
+_SHARED = 8
+"""Value of CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 _lock = threading.Lock()
+"""Guards `_registered`."""
 _registered: dict[str, Any] = {}
-"""Creators of this process by name. TensorRT takes each name once, and does not keep them alive."""
+"""Plugin creators of this process by name. TensorRT accepts each name once, and does not keep the creators alive."""
 
 
 def register(trt: Any, bundle: Bundle, capability: int) -> None:
-    """Register the plugins of a bundle for a compute capability (times ten).
+    """Register a bundle's plugins.
+
+    Args:
+        trt: Module `tensorrt`.
+        bundle: Bundle with the kernels.
+        capability: Compute capability times ten, such as 87.
 
     Raises:
-        BackendError: TensorRT does not take one, or the driver's library cannot be loaded.
-        ArtifactError: the bundle's table or code is malformed.
+        BackendError: TensorRT rejects a plugin, or the driver library cannot be loaded.
+        ArtifactError: The bundle's kernel table or code is malformed.
     """
     table, kind = read_table(bundle, capability), _creator_class(trt)
     for name, launch in table.launches.items() if table else ():
@@ -46,32 +60,54 @@ def register(trt: Any, bundle: Bundle, capability: int) -> None:
                 continue
             creator = kind(name, launch, functools.cache(functools.partial(_load, driver(), launch, ptx)))
             if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
-                what = f"TensorRT {trt.__version__} does not take the plugin {name}."
-                raise BackendError(what, "Start the process again; or build with --kernels portable.")
+                what = f"TensorRT {trt.__version__} rejects the plugin {name}."
+                raise BackendError(what, "Restart the process, or build with --kernels portable.")
             _registered[name] = creator
 
 
 @functools.cache
 def driver() -> Any:
-    """The driver's own library: each of its functions returns a status, and `ctypes` may call it."""
+    """Load the library of NVIDIA's driver, for calls with `ctypes`; each of its functions returns a status."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise BackendError(f"The driver's library cannot be loaded: {error}.", "Install NVIDIA's driver.") from error
 
 
-def _call(cuda: Any, action: str, function: str, *arguments: Any, said: Callable[[], str] = str) -> None:
-    """said: what the driver wrote of it."""
+def _call(cuda: Any, action: str, function: str, *arguments: Any, log: Callable[[], str] = str) -> None:
+    """Call a function of the driver.
+
+    Args:
+        cuda: Library of the driver.
+        action: Purpose of the call for messages, such as "to load NAME".
+        function: Name of the function.
+        arguments: Arguments of the function.
+        log: Returns the driver's log of the call, for the message.
+
+    Raises:
+        BackendError: The function failed.
+    """
     status = getattr(cuda, function)(*arguments)
     if status:
         name = ctypes.c_char_p()
         cuda.cuGetErrorName(status, ctypes.byref(name))
-        reason = " ".join(f"{(name.value or b'').decode() or status} {said()}".split())
+        reason = " ".join(f"{(name.value or b'').decode() or status} {log()}".split())
         raise BackendError(f"CUDA failed {action} ({function}): {reason}.", "Build the engine again on this machine.")
 
 
 def _load(cuda: Any, launch: CompiledLaunch, ptx: bytes) -> ctypes.c_void_p:
-    """The function of a launch, in the context of the calling thread. It stays loaded: a process has few."""
+    """Load the kernel of a launch into the context of the calling thread.
+
+    It stays loaded until the process ends, since a process loads few kernels.
+
+    Args:
+        cuda: Library of the driver.
+        launch: Launch whose kernel to load.
+        ptx: Code of the kernel.
+
+    Returns:
+        The handle of the kernel.
+    """
     module, function, log = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.create_string_buffer(_LOG_LENGTH)
     options, values = (ctypes.c_int * 2)(_LOG, _LOG_BYTES), (ctypes.c_void_p * 2)(ctypes.addressof(log), _LOG_LENGTH)
     _call(
@@ -83,7 +119,7 @@ def _load(cuda: Any, launch: CompiledLaunch, ptx: bytes) -> ctypes.c_void_p:
         2,
         options,
         values,
-        said=lambda: log.value.decode("utf-8", "replace"),
+        log=lambda: log.value.decode("utf-8", "replace"),
     )
     symbol = launch.symbol.encode()
     _call(cuda, f"to find {launch.symbol}", "cuModuleGetFunction", ctypes.byref(function), module, symbol)
@@ -94,7 +130,15 @@ def _load(cuda: Any, launch: CompiledLaunch, ptx: bytes) -> ctypes.c_void_p:
 
 
 def _launch(launch: CompiledLaunch, function: Any, batch: int, tensors: Sequence[int], stream: int) -> None:
-    """Put a launch into a stream. tensors: addresses, of inputs and then outputs."""
+    """Put a launch into a stream.
+
+    Args:
+        launch: Grid, block and shared memory.
+        function: Handle of the kernel.
+        batch: Batch size, the third axis of the grid.
+        tensors: Device addresses of the inputs, then of the outputs.
+        stream: Handle of the stream.
+    """
     values = [ctypes.c_void_p(address) for address in tensors]
     parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     sizes = (*launch.grid, batch, launch.threads, 1, 1, launch.shared_bytes)
@@ -103,13 +147,19 @@ def _launch(launch: CompiledLaunch, function: Any, batch: int, tensors: Sequence
 
 
 def _launch_class(trt: Any) -> Any:
-    """A launch as a plugin: a class that can only be made once TensorRT is imported."""
-    # As C++ has them: what is converted on the way lives too short where TensorRT calls on its own.
+    """Return the class of the plugins. It derives from classes of TensorRT, so it is created on demand."""
+    # The C++ type: a converted temporary would be freed too early when TensorRT itself calls the method.
     none = trt.PluginFieldCollection_(trt.PluginFieldCollection([]))
     parts = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
     class Launch(*parts):  # type: ignore[misc]
-        """One node. Arguments: function: gives the code, once it is loaded."""
+        """One launch as a node of the network.
+
+        Args:
+            name: Name of the plugin.
+            launch: Launch in the bundle's kernel table.
+            function: Loads the kernel on the first call, and returns its handle.
+        """
 
         def __init__(self, name: str, launch: CompiledLaunch, function: Callable[[], Any]) -> None:
             for part in parts:
@@ -117,15 +167,18 @@ def _launch_class(trt: Any) -> Any:
             self.launch, self.function = launch, function
             self.plugin_name, self.plugin_version, self.plugin_namespace = name, _VERSION, NAMESPACE
             self.num_outputs = len(launch.outputs)
-            self.timing_cache_id = name  # Or each of twelve equal layers is timed.
+            self.timing_cache_id = name  # Equal layers are timed once, not each on its own.
 
         def get_capability_interface(self, _kind: Any) -> Any:
+            """Return the object itself, which implements all interfaces."""
             return self
 
         def get_output_data_types(self, _inputs: Any) -> list[Any]:
+            """Return the types of the outputs."""
             return [_type(trt, tensor) for tensor in self.launch.outputs.values()]
 
         def get_output_shapes(self, inputs: Any, _shape_inputs: Any, builder: Any) -> list[Any]:
+            """Return the shapes of the outputs; the batch size is that of the first input."""
             shapes = []
             for tensor in self.launch.outputs.values():
                 shape = trt.DimsExprs(1 + len(tensor.shape))
@@ -136,56 +189,65 @@ def _launch_class(trt: Any) -> Any:
             return shapes
 
         def supports_format_combination(self, position: int, tensors: Any, _input_count: int) -> bool:
+            """Return True if a tensor has the linear format and the type that the launch expects."""
             wanted = [*self.launch.inputs.values(), *self.launch.outputs.values()][position]
             tensor = tensors[position].desc
             return bool(tensor.format == trt.TensorFormat.LINEAR and tensor.type == _type(trt, wanted))
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
-            pass
+            """Do nothing: there is nothing to configure."""
 
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-            pass
+            """Do nothing: `enqueue` reads the batch size from its arguments."""
 
         def get_fields_to_serialize(self) -> Any:
+            """Return an empty collection: the plugins have no fields."""
             return none
 
         def attach_to_context(self, _context: Any) -> Any:
-            _telling(self.function)  # Code cannot be loaded while a run is recorded.
+            """Load the kernel, which is impossible while a run is recorded, and return a copy of the plugin."""
+            _record_failure(self.function)
             return self.clone()
 
         def clone(self) -> Any:
+            """Return a copy of the plugin."""
             return Launch(self.plugin_name, self.launch, self.function)
 
         def enqueue(self, inputs: Any, _outputs: Any, read: Any, written: Any, _scratch: int, stream: int) -> None:
+            """Launch the kernel on a stream."""
             batch, tensors = inputs[0].dims[0], [*read, *written]
-            _telling(lambda: _launch(self.launch, self.function(), batch, tensors, stream))
+            _record_failure(lambda: _launch(self.launch, self.function(), batch, tensors, stream))
 
     return Launch
 
 
 def _creator_class(trt: Any) -> Any:
-    """What creates one."""
+    """Return the class of the plugin creators. It derives from a class of TensorRT, so it is created on demand."""
     plugin = _launch_class(trt)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        """Creator of the plugin of one launch. The arguments are those of the plugin."""
+
         def __init__(self, name: str, launch: CompiledLaunch, function: Callable[[], Any]) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version, self.plugin_namespace = name, _VERSION, NAMESPACE
             self.field_names = trt.PluginFieldCollection([])
-            self._of = name, launch, function
+            self._arguments = name, launch, function
 
         def create_plugin(self, _name: str, _fields: Any, _phase: Any) -> Any:
-            return plugin(*self._of)
+            """Return a new plugin of the launch."""
+            return plugin(*self._arguments)
 
     return Creator
 
 
 def _type(trt: Any, tensor: LaunchTensor) -> Any:
+    """Return TensorRT's type of a tensor."""
     return getattr(trt.DataType, TYPES[tensor.dtype])
 
 
-def _telling(call: Callable[[], Any]) -> None:
-    """Keep why it failed: TensorRT takes the error for its own, and tells a logger of its own."""
+def _record_failure(call: Callable[[], Any]) -> None:
+    """Run a function and record its error in `PLUGIN_FAILURES`, since TensorRT reports only an error of its own."""
     try:
         call()
     except Exception as error:

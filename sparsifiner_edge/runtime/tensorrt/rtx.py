@@ -1,7 +1,7 @@
-"""TensorRT for RTX: engines for GeForce and RTX cards, built ahead of time on any x86-64 machine, even without a GPU.
+"""TensorRT for RTX: engines for GeForce and RTX GPUs, built ahead of time on any x86-64 machine, even without a GPU.
 
-The bodies in the file are what runs: a registered plugin would end the process. Dense attention is built beside them,
-and the faster one kept, where the GPU of the engine is here.
+The engines run the ONNX function bodies in the file, because a registered plugin would end the process. If the machine
+has the GPU of the engine, dense attention is built for comparison and the faster one is kept.
 """
 
 from __future__ import annotations
@@ -18,43 +18,47 @@ from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, baselines
 
 ARCHITECTURES = {"8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}
-"""Compute capability -> its name in `tensorrt_rtx.ComputeCapability`."""
+"""Supported compute capability -> its name in `tensorrt_rtx.ComputeCapability`."""
 
 
 class TensorRtRtx(TensorRtBackend):
-    """Builds one engine per compute capability, for this operating system and processor."""
+    """Backend that builds one engine per compute capability, for the operating system and CPU of this machine."""
 
     name, product = "tensorrt-rtx", "TensorRT-RTX"
 
     def load(self) -> Any:
-        """The module `tensorrt_rtx`; see `Backend.load`."""
+        """Import `tensorrt_rtx`; see `Backend.load`."""
         return import_package("tensorrt_rtx", "tensorrt-rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
 
     def targets(self, capabilities: Sequence[str]) -> Sequence[str]:
-        """See `TensorRtBackend`."""
+        """Return the requested compute capabilities, or that of this machine's GPU; see `TensorRtBackend.targets`."""
         if self.execution.kernels == "native":
-            raise ConfigError("TensorRT-RTX takes no CUDA kernels of others.", "Leave --kernels out, or say portable.")
+            what = "TensorRT-RTX does not support custom CUDA kernels."
+            raise ConfigError(what, "Leave --kernels out, or choose portable.")
         capabilities = capabilities or (probe().compute_capability,)
         for capability in capabilities:
             if capability not in ARCHITECTURES:
                 raise ConfigError(
-                    f"TensorRT-RTX builds nothing for compute capability {capability}.",
-                    f"It takes {', '.join(ARCHITECTURES)}; for others, such as a Jetson, build on the device with "
+                    f"TensorRT-RTX does not support compute capability {capability}.",
+                    f"It supports {', '.join(ARCHITECTURES)}. For others, such as a Jetson, build on the device with "
                     "--backend tensorrt.",
                 )
         return capabilities
 
     def variants(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
-        """See `TensorRtBackend`; where the engine's GPU is not here nothing can be compared."""
+        """Return the function bodies and the baselines; see `TensorRtBackend.variants`.
+
+        The baselines are not built if this machine lacks the GPU of the engine, since they could not be compared.
+        """
         if self.execution.kernels == "portable":
             return {BODIES: None}
         why = self.why_not_here(engine)
-        how = "nothing can be timed here ({}); on a machine with that GPU build compares them"
+        how = "nothing can be timed here ({}); on a machine with that GPU, `build` compares them"
         return {BODIES: None} | dict.fromkeys(baselines(bundle), why and how.format(why.rstrip(".")))
 
     @contextlib.contextmanager
     def configure(self, trt: Any, config: Any, engine: Engine) -> Iterator[str]:
-        """See `TensorRtBackend`."""
+        """Set the compute capability of the engine; see `TensorRtBackend.configure`."""
         config.num_compute_capabilities, capability = 1, engine.compute_capability
         kind = getattr(trt.ComputeCapability, ARCHITECTURES[capability], None)
         if kind is None or not config.set_compute_capability(kind, 0):
@@ -62,4 +66,4 @@ class TensorRtRtx(TensorRtBackend):
                 f"{self.product} {trt.__version__} does not know compute capability {capability}.",
                 "Upgrade tensorrt-rtx.",
             )
-        yield f"It was for compute capability {capability}."
+        yield f"The target was compute capability {capability}."

@@ -1,4 +1,4 @@
-"""A session on an engine's file. TensorRT and TensorRT-RTX share this interface, so `trt` is either module."""
+"""Session on an engine. TensorRT and TensorRT-RTX have the same interface, so `trt` is either module."""
 
 from __future__ import annotations
 
@@ -22,34 +22,38 @@ from sparsifiner_edge.runtime.session import Runtime, Session
 from sparsifiner_edge.runtime.tensorrt.errors import make_logger, run_error
 
 Shape = tuple[int, ...]
+"""Shape of a tensor in a run."""
 _AGAIN = "Build the engine again on this machine."
+"""Advice for an engine that fails."""
 _KERNELS = {
     PLUGIN: "CUDA kernels, as a plugin",
     MIXED: "CUDA kernels, as a plugin, and dense attention in some layers",
     DENSE: "dense attention",
-    UNMERGED: "dense attention, and nothing merges",
+    UNMERGED: "dense attention, without token merging",
 }
+"""Description of a variant for users; that of all others is "function bodies"."""
 
 
 class EngineSession(Session):
     """A `Session` on an engine. The caller has checked that the engine fits this machine's CUDA device.
 
-    One stream copies in, computes and copies out, in buffers of the greatest shapes. On a device that shares the
-    processor's memory nothing is copied: the engine works in page-locked memory of both.
-
-    Attributes:
-        golden_runs: the first is plain, the second is recorded, the third launches
-            that recording, as every later one does.
-        compute_ms: of the latest run, by the device's clock, copies excluded.
+    One CUDA stream copies the inputs, computes and copies the outputs, in buffers of the largest shapes. On a device
+    that shares the CPU's memory nothing is copied: the engine works directly in the page-locked buffers.
 
     Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`.
-        path: the engine's file, for messages. content: of it.
-        engine: what it was built for.
-        manifest: of its bundle; names the dynamic axes.
+        trt: Module `tensorrt` or `tensorrt_rtx`.
+        path: Path of the engine, for messages.
+        content: Content of the engine.
+        engine: Target of the engine.
+        manifest: Manifest of the bundle; it names the dynamic axes.
+
+    Attributes:
+        golden_runs: Three runs, because each works differently: the first is launched directly, the second is recorded
+            as a CUDA graph, and the third launches that graph as all later runs do.
+        compute_ms: Device time of the latest run in milliseconds, without copies.
 
     Raises:
-        BackendError: no CUDA device, CUDA fails, or TensorRT rejects the engine; nothing stays taken.
+        BackendError: There is no CUDA device, CUDA fails, or TensorRT rejects the engine. All resources are freed.
     """
 
     golden_runs = 3
@@ -78,7 +82,7 @@ class EngineSession(Session):
             self.inputs, self.outputs = self._specs(manifest)
             shapes = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
             self._ranges = {name: (tuple(least), tuple(most)) for name, (least, _, most) in shapes.items()}
-            flags = driver.runtime.cudaStreamNonBlocking  # It does not wait for the default stream.
+            flags = driver.runtime.cudaStreamNonBlocking  # The stream does not wait for the default stream.
             self._stream = driver.take(stack, "a stream", "cudaStreamCreateWithFlags", flags, free="cudaStreamDestroy")
             self._events = [driver.take(stack, "an event", "cudaEventCreate", free="cudaEventDestroy") for _ in "ab"]
             self._bind({name: most for name, (_, most) in self._ranges.items()})
@@ -102,7 +106,7 @@ class EngineSession(Session):
         )
 
     def _specs(self, manifest: Manifest) -> tuple[list[TensorSpec], list[TensorSpec]]:
-        """Inputs and outputs, with the manifest's names of dynamic axes."""
+        """Return the inputs and outputs of the engine, with the manifest's names of dynamic axes."""
         named = {spec.name: spec.shape for spec in (*manifest.inputs, *manifest.outputs)}
         specs: dict[bool, list[TensorSpec]] = {True: [], False: []}
         for name in map(self._engine.get_tensor_name, range(self._engine.num_io_tensors)):
@@ -112,15 +116,16 @@ class EngineSession(Session):
             try:
                 dtype = str(np.dtype(self._trt.nptype(kind)).name)
             except TypeError as error:
-                what = f"{name!r} has type {kind}, which NumPy lacks."
+                what = f"{name!r} has type {kind}, which NumPy does not support."
                 raise BackendError(what, "Export with another type.") from error
             is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
             specs[is_input].append(TensorSpec(name, dtype, axes))
         return specs[True], specs[False]
 
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
-        """Take inputs of these shapes from now on. One recording is kept: after a change of shapes an engine's earlier
-        ones are no longer valid.
+        """Set the shapes of the inputs for the runs that follow.
+
+        A change of shapes drops the recorded graph, since graphs of earlier shapes are no longer valid for the engine.
         """
         if shapes == self._bound:
             return
@@ -128,18 +133,18 @@ class EngineSession(Session):
         self._graph.close()
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
-                raise run_error(self.model, f"to take {name!r} of shape {list(shape)}", self._messages, _AGAIN)
+                raise run_error(self.model, f"to accept {name!r} of shape {list(shape)}", self._messages, _AGAIN)
         self._bound = shapes
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
-        """See `Session.validate`; sizes must also be in the range that the engine was built for."""
+        """Check inputs as `Session.validate` does, and that their sizes are in the range of the engine."""
         super().validate(inputs)
         for name, (least, most) in self._ranges.items():
             for axis, size in enumerate(inputs[name].shape):
                 if not least[axis] <= size <= most[axis]:
                     raise BackendError(
                         f"Input {name!r} got {size} on axis {axis}; this engine takes {least[axis]} to {most[axis]}.",
-                        "Give that many, or build an engine for other batch sizes.",
+                        "Use a size in that range, or build an engine for other batch sizes.",
                     )
 
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -147,7 +152,7 @@ class EngineSession(Session):
             raise self.closed_error()
         self._driver.use()
         self._bind({name: value.shape for name, value in inputs.items()})
-        # The first run in some shapes is never recorded: the engine may allocate in it, which a recording forbids.
+        # The first run of given shapes is never recorded: the engine may allocate memory, which a recording forbids.
         if self._runs and self._launch is None and self.description.why_no_graph is None:
             try:
                 self._launch = self._driver.capture(self._stream, self._enqueue, self._graph)
@@ -171,11 +176,11 @@ class EngineSession(Session):
         return {name: output.copy() for name, output in outputs.items()}  # The next run writes into the buffers.
 
     def _view(self, name: str, dtype: np.dtype[Any], shape: Shape) -> Array:
-        """The page-locked memory of a tensor, as an array of this run's shape."""
+        """Return the page-locked memory of a tensor as an array of this run's type and shape."""
         return self._buffers[name][0][: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
     def _copy(self, arrays: Mapping[str, Array], to_device: bool) -> None:
-        """Put a copy of each array to or from its tensor's buffer into the stream."""
+        """Put copies between page-locked and device memory into the stream, for all arrays."""
         kinds = self._driver.runtime.cudaMemcpyKind
         kind = kinds.cudaMemcpyHostToDevice if to_device else kinds.cudaMemcpyDeviceToHost
         for name, array in () if self._driver.device.integrated else arrays.items():
@@ -184,11 +189,12 @@ class EngineSession(Session):
             self._driver.call("to copy", "cudaMemcpyAsync", target, source, array.nbytes, kind, self._stream)
 
     def _enqueue(self) -> None:
+        """Put a run of the engine into the stream."""
         if not self._context.execute_async_v3(self._stream):
             raise run_error(self.model, "to run", self._messages, _AGAIN)
 
     def _start(self) -> None:
-        """Put a run's work into the stream: by its recording, or plainly where there is none or it is refused."""
+        """Launch the recorded graph, or the engine directly if there is no graph or its launch fails."""
         if self._launch is not None:
             try:
                 return self._launch()
@@ -197,16 +203,16 @@ class EngineSession(Session):
         return self._enqueue()
 
     def _refuse_graphs(self, error: BackendError) -> None:
-        """Record nothing from now on. A device that is lost says so in the plain run that follows."""
+        """Record no graphs from now on. If the device was lost, the direct run that follows reports it."""
         self.description = replace(self.description, why_no_graph=error.what)
         self._launch = None
         with contextlib.suppress(BackendError):
             self._graph.close()
 
     def _drop(self) -> None:
-        """Let go of TensorRT's objects, those that use others first; the last reference frees them."""
+        """Drop TensorRT's objects in the order of their dependencies; dropping the last reference frees them."""
         self._context = self._engine = self._runtime = None
 
     def close(self) -> None:
-        """See `Session.close`. Where CUDA fails in one step the others are done all the same."""
+        """Free all resources; see `Session.close`. If CUDA fails to free one, the others are freed all the same."""
         self._stack.close()

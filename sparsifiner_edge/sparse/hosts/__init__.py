@@ -1,5 +1,6 @@
-"""Libraries that vision transformers come from: one class of `Backbone` each, in a file each. All else in this package
-sees a model as one of these.
+"""Libraries of vision transformers, with one `Backbone` class per library.
+
+Everything else in this package accesses a model through this interface.
 """
 
 from __future__ import annotations
@@ -28,20 +29,29 @@ SUPPORTED = (
     "DINOv3, SigLIP and CLIP"
 )
 LIBRARIES = "sparsifiner_edge.hosts"
-"""Group in which other packages name classes of `Backbone`. Searched for modules that hold none of ours."""
+"""Entry point group in which other packages register `Backbone` classes.
+
+It is searched only for modules without a backbone of timm or transformers.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone(abc.ABC):
-    """A vision transformer within a module, or alone. What depends on its library is abstract here; the parts of its
-    layers are found by the names that libraries give them (`attention.first`).
+    """Vision transformer, alone or within a module.
+
+    Methods that depend on the library are abstract. The parts of a layer are located by their names in the libraries
+    (`attention.first`).
 
     Attributes:
-        library: the package that it is of.
-        module: itself. layers_name: of the list of its layers in `module`.
-        embedding: the convolution that makes patches of pixels. grid: rows and columns of patches.
-        prefix: tokens before the patches; the first is a class token, if `class_token`. width: channels of a token.
-        rotary: whether queries and keys are turned to their places.
+        library: Name of the library's package.
+        module: The vision transformer itself.
+        layers_name: Name of the list of layers in `module`.
+        embedding: Convolution that turns pixels into patch tokens.
+        grid: Rows and columns of patches.
+        prefix: Number of tokens before the patches.
+        class_token: True if the first prefix token is a class token.
+        width: Channels of a token.
+        rotary: True if queries and keys have rotary position embeddings.
     """
 
     library: ClassVar[str]
@@ -57,79 +67,82 @@ class Backbone(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def of(cls, module: nn.Module) -> Backbone | None:
-        """A module as a backbone; None if it is not of this library."""
+        """Return the module as a backbone, or None if it is not of this library."""
 
     @abc.abstractmethod
     def refusal(self) -> str | None:
-        """Why it cannot be made sparse; None: it can."""
+        """Return the reason why the model cannot be made sparse, or None if it can."""
 
     @abc.abstractmethod
     def resize(self, size: tuple[int, int]) -> None:
-        """Let it, dense, take images of another size, in place; pixels, height and width."""
+        """Change the image size (height, width) of the dense model, in pixels and in place."""
 
     def rotary_table(self) -> Tensor:
-        """Where it is rotary, its embeddings as of `SparseLayer.rotary_table`, or one for each layer [L,..]."""
+        """Return the rotary embeddings as in `SparseLayer.rotary_table`, or one table per layer [L,...].
+
+        Only called for a model with rotary embeddings.
+        """
         raise NotImplementedError
 
     @abc.abstractmethod
     def tokens(self, images: Tensor) -> Tensor:
-        """Images [B,3,H,W], normalised -> tokens [B,N,C] after the final norm, as the library has them."""
+        """Return the tokens [B,N,C] after the final norm for normalised images [B,3,H,W], in the library's order."""
 
     @property
     def final_norm(self) -> nn.Module:
-        """What `tokens` does to what leaves the last layer."""
+        """Norm that `tokens` applies to the output of the last layer."""
         return cast(nn.Module, first(self.module, "norm", "layernorm", "post_layernorm"))
 
     @abc.abstractmethod
     def heads(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Final tokens [B,N,C] -> "features" [B,C], and "logits" of a classifier."""
+        """Return "features" [B,C], and "logits" of a classifier, from final tokens [B,N,C]."""
 
     @property
     def classes(self) -> int:
-        """Of a classifier that is a backbone alone; 0: it is none."""
+        """Number of classes of a bare classifier, or 0 if it is not a classifier."""
         return 0
 
     def settle(self) -> None:  # noqa: B027
-        """Work out, in place and for good, what depends on the images' size alone, so that no exported file does."""
+        """Precompute in place what depends on the image size only, so that it is not part of an exported file."""
 
     @property
     def layers(self) -> Sequence[Any]:
-        """Its layers, first to last."""
+        """Layers, first to last."""
         return list(self.module.get_submodule(self.layers_name))
 
     @property
     def attentions(self) -> list[Any]:
-        """Of the layers."""
+        """Attention of each layer."""
         return [attention_of(layer) for layer in self.layers]
 
     @property
     def geometry(self) -> HeadGeometry:
-        """Of the heads."""
+        """Sizes of the attention heads."""
         return geometry_of(self.attentions[0])
 
     @property
     def patches(self) -> int:
-        """How many the model has."""
+        """Number of patches of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def patch(self) -> tuple[int, int]:
-        """Pixels of a patch, height and width."""
+        """Size of a patch (height, width) in pixels."""
         height, width = self.embedding.kernel_size
         return int(height), int(width)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Pixels of the images, height and width."""
+        """Size of the images (height, width) in pixels."""
         return self.grid[0] * self.patch[0], self.grid[1] * self.patch[1]
 
     @property
     def sparsity(self) -> SparsityConfig | None:
-        """What is sparse; None: nothing is."""
+        """Sparsity settings, or None for an unmodified model."""
         return cast("SparsityConfig | None", getattr(self.module, "sparsity", None))
 
     def last_output(self, run: Callable[[], Any]) -> tuple[Any, Tensor | None]:
-        """What `run` gives, and what left the last layer meanwhile; None: that did not run."""
+        """Return the result of `run`, and the output of the last layer during it (None if the layer did not run)."""
         outputs: list[Tensor] = []
         hook = self.layers[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
@@ -139,9 +152,7 @@ class Backbone(abc.ABC):
 
     @torch.no_grad()
     def fold_layer_scale(self) -> None:
-        """Multiply, in place, what a layer adds to its input into the linear layer that makes it: one pass over the
-        tokens less.
-        """
+        """Fold the layer scales into the preceding linear layers in place, which saves a pass over the tokens."""
         for layer, attention in zip(self.layers, self.attentions, strict=True):
             ends = first(attention, "proj", "o_proj", "out_proj"), first(layer.mlp, "fc2", "down_proj", "weights_out")
             for number, linear in enumerate(ends, 1):
@@ -158,7 +169,7 @@ class Backbone(abc.ABC):
 
 
 def _libraries() -> Iterator[type[Backbone]]:
-    """Those that are in use: no module of another can be about."""
+    """Yield the backbone classes of the supported libraries that are imported; other modules cannot exist."""
     if "timm" in sys.modules:
         from sparsifiner_edge.sparse.hosts.timm import Timm
 
@@ -170,13 +181,13 @@ def _libraries() -> Iterator[type[Backbone]]:
 
 
 def _others() -> Iterator[type[Backbone]]:
-    """Those that other packages add."""
-    for point in entry_points(group=LIBRARIES):  # Names of two packages may be one.
+    """Yield the backbone classes that other packages register."""
+    for point in entry_points(group=LIBRARIES):  # Two packages may register the same name.
         yield subclass(Backbone, point, UnsupportedModelError)  # type: ignore[type-abstract]
 
 
 def backbones(module: nn.Module) -> dict[str, Backbone]:
-    """The vision transformers in a module by their names in it; "" is the module itself."""
+    """Return the vision transformers in a module by their names in it; "" is the module itself."""
     for kinds in (_libraries, _others):
         parts = [(name, kind.of(part)) for kind in kinds() for name, part in module.named_modules()]
         if any(backbone for _, backbone in parts):
@@ -185,10 +196,10 @@ def backbones(module: nn.Module) -> dict[str, Backbone]:
 
 
 def backbone_of(module: nn.Module) -> Backbone:
-    """The one vision transformer in a module.
+    """Return the only vision transformer in a module.
 
     Raises:
-        UnsupportedModelError: there is none, or there are several.
+        UnsupportedModelError: If there is none, or there are several.
     """
     every = backbones(module)
     if len(every) == 1:
@@ -201,10 +212,10 @@ def backbone_of(module: nn.Module) -> Backbone:
 
 
 def require_size(size: tuple[int, int], patch: tuple[int, int]) -> None:
-    """Refuse an image size, height and width, that does not suit patches of this size.
+    """Check that an image size (height, width) suits patches of the given size.
 
     Raises:
-        ConfigError: a side is no multiple of the patch's, or too large.
+        ConfigError: If a side is not a multiple of the patch's side, or is too large.
     """
     if max(size) > MOST_SIDE:
         raise ConfigError(
@@ -221,10 +232,10 @@ def require_size(size: tuple[int, int], patch: tuple[int, int]) -> None:
 
 
 def for_size(model: nn.Module, img_size: ImageSize | None) -> nn.Module:
-    """The model for images of another size, in place; None leaves it at its own.
+    """Set the image size of a model in place and return the model; None leaves its own size.
 
     Raises:
-        ConfigError: see `require_size`; or its library has none of that size.
+        ConfigError: If the size does not suit the patches (see `require_size`) or the library.
     """
     backbone = backbone_of(model)
     size = backbone.image_size if img_size is None else height_width(img_size)

@@ -1,5 +1,7 @@
-"""Models of transformers from a folder or the hub, and as a student keeps them: configuration, weights as safetensors,
-what they expect of pixels. No code and no pickle is ever taken from there.
+"""Loading and saving of transformers models, from a folder or the hub.
+
+A student folder stores the configuration, the weights as safetensors, and the normalisation that the model expects.
+Code and pickles from a folder or the hub are never used.
 """
 
 from __future__ import annotations
@@ -35,24 +37,29 @@ from sparsifiner_edge.sparse.weights import check_numbers
 from sparsifiner_edge.text import one_line
 
 _ATTENTION = "eager"
-"""What every model has, whatever its configuration names."""
+"""Attention implementation while loading. Every model has it, whatever its configuration names."""
 _FETCHED = ("config.json", "p*processor_config.json", WEIGHTS_FILE)
-"""Of a name on the hub."""
-_AGAIN = "Give the folder whole, as transformers saves it."
+"""Files downloaded for a hub name."""
+_AGAIN = "Give the complete folder, as transformers saves it."
+"""Fix for a folder with files that do not fit together."""
 _MANY = re.compile("layer|depth|stage|block|expert")
+"""Names of configuration entries that count modules."""
 _MOST_LAYERS = 1024
-"""Of a number in a configuration whose name has one of `_MANY`: each stands for a module, whatever its size."""
+"""Upper limit for configuration entries that match `_MANY`: each counted module costs memory, whatever its size."""
 _SPARE = 1 << 24
-"""Numbers that a model may hold beside those of its files: what mismatches is said by name, unless it is large."""
+"""Numbers that a model may hold beyond twice those in its files.
+
+A mismatch below this limit is reported later by tensor name.
+"""
 _TOWERS = {"CLIPModel": "CLIPVisionModel", "SiglipModel": "SiglipVisionModel"}
-"""Models of images and text: their image tower is taken."""
+"""Image tower that is taken from models of images and text."""
 
 
 def library() -> Any:
-    """transformers.
+    """Import transformers and return it.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: If transformers is not installed.
     """
     try:
         return importlib.import_module("transformers")
@@ -61,13 +68,13 @@ def library() -> Any:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder has a configuration of transformers'."""
+    """Return True if the folder has a configuration of transformers."""
     path = folder / "config.json"
     return path.is_file() and b'"model_type"' in read_bytes(path, MAX_JSON)
 
 
 class _Processor(msgspec.Struct):
-    """What `preprocessor_config.json` says of pixels."""
+    """Entries of `preprocessor_config.json` that concern pixel values."""
 
     do_rescale: bool | None = True
     rescale_factor: Annotated[float, msgspec.Meta(gt=0)] = 1 / 255
@@ -79,23 +86,25 @@ class _Processor(msgspec.Struct):
 def load(
     source: str, img_size: ImageSize | None = None, pixels: Normalisation | None = None
 ) -> tuple[str, nn.Module, Normalisation]:
-    """A pretrained model: its class, itself, and what it expects of pixels.
+    """Load a pretrained model and return its class name, the model, and the normalisation that it expects.
 
     Args:
-        source: folder, or a name on the hub, which is downloaded.
-        img_size: see `for_size`. pixels: what it expects of them; None takes what its image processor does.
+        source: Folder, or a hub name, which is downloaded.
+        img_size: Image size in pixels; see `for_size`.
+        pixels: Normalisation that the model expects. None takes that of its image processor.
 
     Raises:
-        SparsifinerError: it cannot be had, does not fit its configuration, holds NaN, or is none that can be taken.
+        SparsifinerError: If the model cannot be downloaded or read, does not fit its configuration, holds NaN, or is
+            not supported.
     """
     with _loading(source) as transformers:
         folder = _folder(source)
         kind, config = _configuration(folder, source)
-        _require_room(kind, config, folder / WEIGHTS_FILE, source)
+        _require_plausible_size(kind, config, folder / WEIGHTS_FILE, source)
         if pixels is None:
             processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
             pixels = _pixels(processor, source)
-        # Sizes that do not match are ignored to say which.
+        # Mismatched sizes are ignored here, so that the error below can name the tensors.
         model, loading = kind.from_pretrained(
             folder,
             config=config,
@@ -116,7 +125,7 @@ def load(
 
 
 def _folder(source: str) -> Path:
-    """Where a model lies: of a name on the hub, what is downloaded."""
+    """Return the folder of a model, after downloading it for a hub name."""
     if (folder := Path(source)).is_dir():
         return folder
     hub = importlib.import_module("huggingface_hub")
@@ -124,10 +133,17 @@ def _folder(source: str) -> Path:
 
 
 def blank(source: str, img_size: ImageSize | None = None, student: Path | None = None) -> nn.Module:
-    """The model that a source or a student's folder describes, with random weights; on the device `meta` without any.
+    """Create the model that a source or a student folder describes, with random weights.
+
+    On the device `meta` the weights take no memory.
+
+    Args:
+        source: Folder or hub name.
+        img_size: Image size in pixels; see `for_size`.
+        student: Student folder, whose configuration is then read instead of the source's.
 
     Raises:
-        SparsifinerError: it describes none that can be taken.
+        SparsifinerError: If the model is not supported.
     """
     with _loading(source):
         folder = (student / ARCHITECTURE_FILE).parent if student else _folder(source)
@@ -137,10 +153,10 @@ def blank(source: str, img_size: ImageSize | None = None, student: Path | None =
 
 
 def _configuration(folder: Path, source: str) -> tuple[Any, Any]:
-    """The class that a folder's configuration names, and that class's own configuration.
+    """Return the class that a folder's configuration names, and the configuration of that class.
 
     Raises:
-        ConfigError: it has numbers of modules or classes that no model has, or names a file.
+        ConfigError: If the configuration has an implausible number of modules or classes, or names a weight file.
     """
     path = folder / "config.json"
     waiting = [json.loads(read_bytes(path, MAX_JSON))]
@@ -151,7 +167,7 @@ def _configuration(folder: Path, source: str) -> tuple[Any, Any]:
             most = MOST_CLASSES if name == "num_labels" else _MOST_LAYERS if _MANY.search(name) else None
             numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)]
             if (most is not None and any(x > most for x in numbers)) or name == "transformers_weights":
-                raise ConfigError(f"{path}: {name} is {value!r:.60}.", _AGAIN)
+                raise ConfigError(f"{path}: {name} is {value!r:.60}, which is not supported.", _AGAIN)
     config = library().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = _class(config, source)
     config = kind.config_class.from_pretrained(folder, local_files_only=True)
@@ -159,11 +175,11 @@ def _configuration(folder: Path, source: str) -> tuple[Any, Any]:
     return kind, config
 
 
-def _require_room(kind: Any, config: Any, weights: Path, source: str) -> None:
-    """Refuse a configuration of a model far larger than its weights, before any memory is taken for it.
+def _require_plausible_size(kind: Any, config: Any, weights: Path, source: str) -> None:
+    """Refuse a configuration whose model is far larger than its weights, before memory is allocated for it.
 
     Raises:
-        WeightsError: it is.
+        WeightsError: If the model is far larger than its weights.
     """
     with torch.device("meta"):
         model = kind(config)
@@ -172,46 +188,50 @@ def _require_room(kind: Any, config: Any, weights: Path, source: str) -> None:
         held = sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
     if wanted > 2 * held + _SPARE:
         raise WeightsError(
-            f"The weights in {source} do not fit its configuration: it has {wanted:,} numbers, they are {held:,}.",
+            f"The weights in {source} do not fit its configuration: they hold {held:,} numbers, but the model has "
+            f"{wanted:,}.",
             _AGAIN,
         )
 
 
 def _with_attention(model: nn.Module) -> nn.Module:
-    """The model, its backbone with torch's own attention: a configuration may name others, even code on a hub."""
+    """Return the model in evaluation mode, with torch's attention in its backbone.
+
+    A configuration may name another attention, even code on a hub.
+    """
     backbone_of(model).module.config._attn_implementation = "sdpa"
     return model.eval()
 
 
 def write_configuration(model: nn.Module, folder: Path) -> None:
-    """Write into a student's folder what `blank` reads."""
+    """Write the configuration that `blank` reads into a student folder."""
     config = copy.deepcopy(cast(Any, model).config)
     config.architectures = [type(model).__name__]
     config.save_pretrained((folder / ARCHITECTURE_FILE).parent)
 
 
 def _class(config: Any, source: str) -> Any:
-    """The class that a configuration names."""
+    """Return the class that a configuration names."""
     names = list(config.architectures or ())
     name = _TOWERS.get(names[0], names[0]) if names else None
     kind = getattr(library(), str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UnsupportedModelError(
-            f"{source} is of the architecture {', '.join(map(str, names)) or 'none'}, unknown to transformers.",
+            f"{source} has the architecture {', '.join(map(str, names)) or 'none'}, which transformers does not know.",
             "Give a folder that transformers has saved.",
         )
     return kind
 
 
 def _pixels(content: object, source: str) -> Normalisation:
-    """What an image processor does to pixels, resizing excepted, as x = (pixel / 255 - mean) / std."""
-    processor = read_record(content, _Processor, source, "Mend its preprocessor_config.json.", ConfigError)
+    """Return the normalisation x = (pixel / 255 - mean) / std that an image processor applies."""
+    processor = read_record(content, _Processor, source, "Correct its preprocessor_config.json.", ConfigError)
     factor = 255.0 * processor.rescale_factor if processor.do_rescale else 255.0
     if not processor.do_normalize:
         return Normalisation.of([0.0] * 3, [1 / factor] * 3)
     if processor.image_mean is None or processor.image_std is None:
         raise ConfigError(
-            f"{source} does not say what its model expects of pixels: no image_mean and image_std.",
+            f"{source} has no image_mean and image_std, so the normalisation of pixels is unknown.",
             "Add them to its preprocessor_config.json, or give --mean and --std.",
         )
     mean, std = (tuple(x / factor for x in values) for values in (processor.image_mean, processor.image_std))
@@ -219,10 +239,10 @@ def _pixels(content: object, source: str) -> Normalisation:
 
 
 def configured_labels(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classes of a classifier, or of the one in a module, as configured; none where they are numbers.
+    """Return the class names of the classifier in a module as configured, or none if they are only numbers.
 
     Raises:
-        ConfigError: it names other classes than the model has.
+        ConfigError: If the configuration names other classes than the model has.
     """
     parts = (part for part in model.modules() if type(part).__name__.endswith("ForImageClassification"))
     classifier: Any = next(parts, None)
@@ -233,14 +253,14 @@ def configured_labels(model: nn.Module) -> tuple[str, ...]:
         return ()
     if sorted(names) != list(range(len(names))):
         raise ConfigError(
-            f"id2label names the classes {sorted(names)}, not 0 to {len(names) - 1}.", "Mend it in config.json."
+            f"id2label names the classes {sorted(names)}, not 0 to {len(names) - 1}.", "Correct it in config.json."
         )
     return tuple(names[number] for number in range(len(names)))
 
 
 @contextlib.contextmanager
 def _loading(source: str) -> Iterator[Any]:
-    """The library, without its own progress bars and advice; what it raises becomes an error about the source."""
+    """Provide transformers without its progress bars and advice, and turn its errors into errors about the source."""
     transformers = library()
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -250,11 +270,12 @@ def _loading(source: str) -> Iterator[Any]:
         yield transformers
     except SparsifinerError:
         raise
-    # It, and what it uses, raise kinds of their own.
+    # transformers and its dependencies raise many kinds of error.
     except Exception as error:
         raise WeightsError(
             f"{source} could not be loaded by transformers: {one_line(error)}",
-            "Give a folder with config.json, model.safetensors and preprocessor_config.json; for a hub's name connect.",
+            "Give a folder with config.json, model.safetensors and preprocessor_config.json. A hub name requires a "
+            "network connection.",
         ) from error
     finally:
         logging.set_verbosity(level)

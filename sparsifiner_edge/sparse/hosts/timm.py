@@ -1,4 +1,4 @@
-"""timm's VisionTransformer and Eva."""
+"""Backbones of timm: VisionTransformer and Eva."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from sparsifiner_edge.sparse.weights import FIT, StateDict, load_exactly, read_w
 from sparsifiner_edge.text import nearest, one_line
 
 TimmModel: TypeAlias = VisionTransformer | Eva
-"""What can be made sparse: timm's plain vision transformers, the latter with rotary position embeddings too."""
+"""Supported classes: timm's plain vision transformers, and Eva for rotary position embeddings."""
 
 
 class Timm(Backbone):
-    """See `Backbone`."""
+    """Backbone of a timm model; see `Backbone` for the methods."""
 
     library = "timm"
 
     @classmethod
     def of(cls, module: nn.Module) -> Backbone | None:
-        """See `Backbone`."""
+        """Return the module as a backbone, or None if it is not a VisionTransformer or Eva."""
         if not isinstance(module, TimmModel):
             return None
         vit = cast(Any, module)
@@ -55,7 +55,7 @@ class Timm(Backbone):
         )
 
     def refusal(self) -> str | None:
-        """See `Backbone`."""
+        """Return the reason why the model cannot be made sparse, or None if it can."""
         model = self.module
         if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva):
             return f"it is a {type(model).__name__}"
@@ -69,36 +69,38 @@ class Timm(Backbone):
         return next((f"layer {number}: {reason}" for number, reason in reasons if reason), None)
 
     def resize(self, size: tuple[int, int]) -> None:
-        """See `Backbone`."""
+        """Change the image size in place and resample the position embedding."""
         vit, before = self.module, self.module.pos_embed
         old = tuple(vit.patch_embed.grid_size)
         vit.set_input_size(img_size=size)
         new = tuple(vit.patch_embed.grid_size)
-        if before is not None and vit.pos_embed is before and new != old:  # Older timm compares numbers alone.
+        # Older timm versions compare only the number of patches, and then do not resample.
+        if before is not None and vit.pos_embed is before and new != old:
             prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
             vit.pos_embed = nn.Parameter(resample_abs_pos_embed(before.detach(), list(new), list(old), prefix))
 
     def rotary_table(self) -> Tensor:
-        """See `Backbone`."""
+        """Return the rotary embeddings that timm passes to the layers."""
         tokens = self.embedding.weight.new_zeros(1, self.patches, self.width)
         return cast(Tensor, self.module._pos_embed(tokens)[1])
 
     def tokens(self, images: Tensor) -> Tensor:
-        """See `Backbone`."""
+        """Return the tokens after the final norm."""
         return cast(Tensor, self.module.forward_features(images))
 
     def heads(self, tokens: Tensor) -> dict[str, Tensor]:
-        """See `Backbone`."""
+        """Return the pooled features, and logits of a classifier."""
         outputs = {"features": self.module.forward_head(tokens, pre_logits=True)}
         return outputs | ({"logits": self.module.forward_head(tokens)} if self.classes else {})
 
     @property
     def classes(self) -> int:
-        """See `Backbone`."""
+        """Number of classes, or 0 without a classifier."""
         return int(self.module.num_classes)
 
 
 def _layer_refusal(layer: nn.Module) -> str | None:
+    """Return the reason why a layer cannot be made sparse, or None if it can."""
     attention: Any = getattr(layer, "attn", None)
     if type(attention) not in (Attention, AttentionRope, EvaAttention):
         return f"{type(layer).__name__} with {type(attention).__name__} instead of timm's Attention"
@@ -110,13 +112,13 @@ def _layer_refusal(layer: nn.Module) -> str | None:
 
 
 def preprocessing(model: nn.Module) -> Normalisation:
-    """The normalisation that timm records for a model."""
+    """Return the normalisation that timm records for a model."""
     data = resolve_model_data_config(model)
     return Normalisation.of(data["mean"], data["std"])
 
 
 def class_labels(model: TimmModel) -> list[str]:
-    """One label per class: ImageNet's where timm knows the set, else class_0, class_1, ...; none without classifier."""
+    """Return one label per class: ImageNet's where timm knows the subset, else class_0, class_1, ..."""
     subset = infer_imagenet_subset(model) if model.num_classes else None
     if subset:
         info = ImageNetInfo(subset)
@@ -125,11 +127,12 @@ def class_labels(model: TimmModel) -> list[str]:
 
 
 def create(name: str, img_size: ImageSize | None = None, num_classes: int | None = None) -> TimmModel:
-    """A vision transformer of timm with random weights, in evaluation mode.
+    """Create a vision transformer of timm with random weights, in evaluation mode.
 
     Raises:
-        UnsupportedModelError: timm has no such model, or it is no VisionTransformer or Eva.
-        ConfigError: a side of the image is no multiple of the patch size, or there are too many pixels or classes.
+        UnsupportedModelError: If timm has no such model, or it is not a VisionTransformer or Eva.
+        ConfigError: If a side of the image is not a multiple of the patch size, or there are too many pixels or
+            classes.
     """
     options = _options(name, img_size, num_classes)
     with _name_errors(name):
@@ -137,7 +140,7 @@ def create(name: str, img_size: ImageSize | None = None, num_classes: int | None
 
 
 def _options(name: str, img_size: ImageSize | None, num_classes: int | None) -> dict[str, Any]:
-    """What timm makes a model with; raises as `create`."""
+    """Return the arguments of timm's `create_model`; raises the errors of `create`."""
     kind = on_paper(name, num_classes)
     size = height_width(kind.patch_embed.img_size if img_size is None else img_size)
     require_size(size, kind.patch_embed.patch_size)
@@ -146,11 +149,13 @@ def _options(name: str, img_size: ImageSize | None, num_classes: int | None) -> 
 
 @functools.lru_cache(maxsize=16)
 def on_paper(name: str, num_classes: int | None = None) -> TimmModel:
-    """A model of timm for which nothing is allocated: it tells what it is, and what its weights are. The next caller
-    gets the same.
+    """Return a model of timm on the device `meta`, which describes the model and its weights without using memory.
+
+    The result is cached and shared: do not change it.
 
     Raises:
-        UnsupportedModelError, ConfigError: as of `create`.
+        UnsupportedModelError: If timm has no such model, or it is not a VisionTransformer or Eva.
+        ConfigError: If there are too many classes.
     """
     if not timm.is_model(name):
         hint = nearest(name.partition(".")[0], timm.list_models(["*it_*", "eva02*"]))
@@ -171,7 +176,7 @@ def on_paper(name: str, num_classes: int | None = None) -> TimmModel:
 
 @contextlib.contextmanager
 def _name_errors(name: str) -> Iterator[None]:
-    """What timm raises in the block becomes an `UnsupportedModelError` about the name."""
+    """Turn timm's exceptions in a `with` block into an `UnsupportedModelError` about the name."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -180,16 +185,18 @@ def _name_errors(name: str) -> Iterator[None]:
 
 
 def load_model(name: str, weights: Path | None = None, img_size: ImageSize | None = None) -> TimmModel:
-    """A pretrained model of timm, in evaluation mode.
+    """Load a pretrained model of timm, in evaluation mode.
 
     Args:
-        name: timm's name, such as "vit_small_patch14_dinov2.lvd142m".
-        weights: file with timm's key names; None lets timm download its own.
-        img_size: pixels: a square's side, or height and width; the position embedding is resampled as timm does.
+        name: timm name, such as "vit_small_patch14_dinov2.lvd142m".
+        weights: File with timm's key names. None lets timm download its own.
+        img_size: Image size in pixels: the side of a square, or (height, width). The position embedding is resampled as
+            timm does.
 
     Raises:
-        UnsupportedModelError, ConfigError: see `create`.
-        WeightsError: unreadable, of another architecture, or not to be downloaded.
+        UnsupportedModelError: If timm has no such model; see `create`.
+        ConfigError: If the image size does not suit the model; see `create`.
+        WeightsError: If the weights are unreadable, belong to another architecture, or cannot be downloaded.
     """
     if weights is not None:
         size = size_of(*on_paper(name).patch_embed.img_size) if img_size is None else img_size
@@ -201,7 +208,7 @@ def load_model(name: str, weights: Path | None = None, img_size: ImageSize | Non
     options = _options(name, img_size, None)
     try:
         return cast(TimmModel, timm.create_model(name, pretrained=True, **options).eval())
-    # The hub clients raise their own kinds of error; all mean that no weights arrived.
+    # The hub clients raise many kinds of error. Each one means that the download failed.
     except Exception as error:
         raise WeightsError(
             f"The weights of {name!r} could not be downloaded: {one_line(error)}",
@@ -210,7 +217,7 @@ def load_model(name: str, weights: Path | None = None, img_size: ImageSize | Non
 
 
 def _trained_size(state: StateDict, name: str, img_size: ImageSize) -> ImageSize:
-    """Pixels of the images that weights are for: a square's where the position embedding is one's, else `img_size`."""
+    """Return the image size of the weights if their position embedding is that of a square, else `img_size`."""
     kind, positions = cast(Any, on_paper(name)), state.get("pos_embed")
     if positions is None or positions.ndim != 3 or kind.pos_embed is None:
         return img_size
@@ -220,10 +227,11 @@ def _trained_size(state: StateDict, name: str, img_size: ImageSize) -> ImageSize
 
 
 def _load(model: TimmModel, state: StateDict, source: str) -> None:
+    """Convert a state dict to timm's key names and load it."""
     convert = (eva if isinstance(model, Eva) else vision_transformer).checkpoint_filter_fn
     try:
         converted = cast(StateDict, convert(state, model))
-    # timm takes tensors of any shape apart here; each way to fail means that they are another model's.
+    # timm reshapes tensors here without checks. Any exception means that the weights belong to another model.
     except Exception as error:
         raise WeightsError(f"{source} does not fit this model: {error}.", FIT) from error
     load_exactly(model, converted, source)

@@ -1,8 +1,10 @@
-"""Vision transformers of Hugging Face's transformers: ViT, DINOv2 (registers too), DINOv3, SigLIP, CLIP's image tower,
-and what is built on them, such as Depth Anything V2.
+"""Backbones of Hugging Face transformers.
 
-Its own `AttentionInterface` does not serve sparse layers: it hands over q, k and v apart, after three products, where
-the operators read one.
+Supported are ViT, DINOv2 (also with registers), DINOv3, SigLIP, CLIP's image tower, and models built on them, such as
+Depth Anything V2.
+
+The `AttentionInterface` of transformers does not suit the sparse layers. It passes q, k and v separately, after three
+matrix products, whereas the operators read one packed tensor.
 """
 
 from __future__ import annotations
@@ -20,18 +22,20 @@ from sparsifiner_edge.sparse.attention import first
 from sparsifiner_edge.sparse.hosts import Backbone
 
 _SIZE = "sparsifiner_image_size"
-"""Attribute of a model: pixels of its images, where they are not its configuration's."""
+"""Attribute of a model that holds its image size where it differs from the configuration's."""
 _UNMASKED = "sparsifiner_unmasked"
-"""Name of the attention of dense models that are exported: torch's own, without a mask."""
+"""Name under which torch's attention without a mask is registered, for dense models that are exported."""
 
 
 class _Family(NamedTuple):
-    """Where a class keeps its parts.
+    """Locations of the parts of a model class.
 
     Attributes:
-        layers, embedding: names in the model. prefix: tokens before the patches, by the configuration.
-        positions: of the absolute position embedding that fits one size alone; "": none such.
-        rotary: whether it has rotary embeddings.
+        layers: Name of the list of layers in the model.
+        embedding: Name of the patch embedding convolution.
+        prefix: Function from the configuration to the number of tokens before the patches.
+        positions: Name of an absolute position embedding that fits a single size, or "" without one.
+        rotary: True if the model has rotary position embeddings.
     """
 
     layers: str
@@ -42,6 +46,7 @@ class _Family(NamedTuple):
 
 
 def _registers(config: Any) -> int:
+    """Return the number of prefix tokens: the class token and the registers."""
     return 1 + int(config.num_register_tokens)
 
 
@@ -61,17 +66,17 @@ FAMILIES = {
     "SiglipVisionModel": _SIGLIP,
     "CLIPVisionModel": _SIGLIP._replace(prefix=lambda _: 1),
 }
-"""By class."""
+"""Supported classes of transformers by name."""
 
 
 class Transformers(Backbone):
-    """See `Backbone`."""
+    """Backbone of a transformers model; see `Backbone` for the methods."""
 
     library = "transformers"
 
     @classmethod
     def of(cls, module: nn.Module) -> Backbone | None:
-        """See `Backbone`."""
+        """Return the module as a backbone, or None if its class is not in `FAMILIES`."""
         family = _family(module)
         if family is None:
             return None
@@ -92,21 +97,29 @@ class Transformers(Backbone):
 
     @property
     def _is_clip(self) -> bool:
+        """True for CLIP's image tower."""
         return type(self.module).__name__ == "CLIPVisionModel"
 
     @property
     def _family(self) -> _Family:
+        """Locations of the model's parts."""
         return cast(_Family, _family(self.module))
 
     def refusal(self) -> str | None:
-        """See `Backbone`."""
+        """Return the reason why the model cannot be made sparse, or None if it can."""
         dropout = first(self.module.config, "attention_probs_dropout_prob", "attention_dropout")
         return f"attention dropout {dropout}" if dropout else None
 
     def resize(self, size: tuple[int, int]) -> None:
-        """See `Backbone`; CLIP compares both sides with one number."""
+        """Change the image size in place and resample the position embedding.
+
+        Raises:
+            ConfigError: If CLIP is given a size that is not square. CLIP compares both sides with a single number.
+        """
         if self._is_clip and size[0] != size[1]:
-            raise ConfigError(f"CLIP takes squares alone, not {size_text(size)}.", "Give one side: --img-size 224.")
+            raise ConfigError(
+                f"CLIP supports square images only, not {size_text(size)}.", "Give one side, such as --img-size 224."
+            )
         if self._family.positions:
             _resample(self, self._family.positions, (size[0] // self.patch[0], size[1] // self.patch[1]))
             takes_pairs = self._family is _VIT or size[0] != size[1]
@@ -114,7 +127,7 @@ class Transformers(Backbone):
         setattr(self.module, _SIZE, size)
 
     def rotary_table(self) -> Tensor:
-        """See `Backbone`."""
+        """Return the rotary embeddings of the model's image size."""
         rope = self.module.rope_embeddings
         training = rope.training
         cosines, sines = rope.eval()(self.embedding.weight.new_zeros(1, 3, *self.image_size))
@@ -122,19 +135,19 @@ class Transformers(Backbone):
         return torch.cat([sines, cosines], -1)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """See `Backbone`."""
+        """Return the tokens after the final norm."""
         if not type(self.module).__name__.endswith("Backbone"):
             return cast(Tensor, self.module(images).last_hidden_state)
-        # It gives maps of some layers alone.
+        # A backbone class returns feature maps of selected layers only.
         return cast(Tensor, self.final_norm(self.last_output(lambda: self.module(images))[1]))
 
     @property
     def final_norm(self) -> nn.Module:
-        """See `Backbone`; CLIP normalises the class token alone, on its way to the features."""
+        """Norm after the last layer; the identity for CLIP, which normalises only the class token in `heads`."""
         return nn.Identity() if self._is_clip else super().final_norm
 
     def heads(self, tokens: Tensor) -> dict[str, Tensor]:
-        """See `Backbone`; classifiers are modules around it."""
+        """Return the pooled features; classifiers are modules around the backbone."""
         if self._is_clip:
             return {"features": self.module.post_layernorm(tokens[:, 0])}
         pool = first(self.module, "pooler", "head")
@@ -144,8 +157,10 @@ class Transformers(Backbone):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """See `Backbone`: DINOv2 interpolates its position embedding in every call, and all of them make a mask that
-        masks nothing, wherever they are traced.
+        """Precompute in place what depends on the image size only, so that it is not part of an exported file.
+
+        DINOv2 interpolates its position embedding in every call. All models create an attention mask without effect
+        when they are traced.
         """
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -155,27 +170,28 @@ class Transformers(Backbone):
         self.module.config._attn_implementation = _UNMASKED
         if self._family.positions or self.rotary:
             return
-        embeddings, some = self.module.embeddings, self.embedding.weight.new_zeros(1, 1 + self.patches, self.width)
-        positions = embeddings.interpolate_pos_encoding(some, *self.image_size)
+        embeddings, tokens = self.module.embeddings, self.embedding.weight.new_zeros(1, 1 + self.patches, self.width)
+        positions = embeddings.interpolate_pos_encoding(tokens, *self.image_size)
         embeddings.register_buffer("settled_positions", positions.detach().clone())
         embeddings.interpolate_pos_encoding = lambda *_: embeddings.settled_positions
 
 
 def _no_mask(attention_mask: Tensor | None = None, **_: Any) -> None:
-    """In place of a mask that masks nothing."""
+    """Return None in place of an attention mask without effect."""
     if attention_mask is not None:
-        raise ConfigError("A model is exported without attention masks.", "Call it without attention_mask.")
+        raise ConfigError("Attention masks cannot be exported.", "Call the model without attention_mask.")
 
 
 def _family(module: nn.Module) -> _Family | None:
-    # A student's model is of a class of its own only where its library's was a backbone's: none is.
+    """Return the part locations of a transformers model, or None for another module."""
+    # Classes made by `mix` are no transformers classes. They replace layers and attentions, never a backbone.
     of_library = type(module).__module__.startswith("transformers.")
     return FAMILIES.get(type(module).__name__) if of_library else None
 
 
 @torch.no_grad()
 def _resample(backbone: Backbone, name: str, grid: tuple[int, int]) -> None:
-    """Give a model the position embedding of another grid, as its library does: bicubic, without antialiasing."""
+    """Resample the position embedding to another grid as transformers does: bicubic, without antialiasing."""
     module = backbone.module
     owner, _, attribute = name.rpartition(".")
     holder = module.get_submodule(owner)

@@ -1,7 +1,7 @@
-"""How good a model's answer to an image is: one judge, for `evaluate`, `optimize`, `distill` and `explain`.
+"""Scores of a model's answer to one image, for `evaluate`, `optimize`, `distill` and `explain`.
 
-An answer is compared with another, mostly the dense model's: parts of it by their cosine (`alike`), dense maps by
-`map_scores`, which take true masks as well. A user's own metric (`UserMetric`) looks at each model's answer alone.
+An answer is compared with another, usually the dense model's: its parts by cosine (`alike`), dense maps by
+`map_scores`, which also takes true masks. A user's own metric (`UserMetric`) scores each model's answer alone.
 """
 
 from __future__ import annotations
@@ -19,37 +19,32 @@ from sparsifiner_edge.plugins import NAME_IT, import_object, plugins
 
 _Value = TypeVar("_Value")
 Outputs = Mapping[str, Array]
-"""By name, batch 1."""
+"""Outputs by name, batch 1."""
 Scores = dict[str, float | None]
-"""By name; None: it says nothing of this image."""
+"""Score by name; None if it is undefined for this image."""
 MAPS = "maps"
-"""The task that needs no code: dense maps."""
+"""Task for dense maps, which needs no metric of the user."""
 METRIC_POINTS = "sparsifiner_edge.metrics"
-"""The group of entry points by which packages give metrics a name."""
+"""Entry point group of metrics in installed packages."""
 THRESHOLD = 0.5
-"""Above which a pixel of a map from 0 to 1 belongs to the mask."""
+"""Pixels of a map (0 to 1) above this value belong to the mask."""
 MAP_MEASURES: dict[str, Callable[[Array, Array], float | None]] = {
     "error": mean_absolute_error,
     "iou": intersection_over_union,
     "auroc": auroc,
 }
-"""Of a map and what is true: its error, of masks their overlap, and how well a map's values order a mask's pixels."""
+"""Measures of a map: mean absolute error, overlap of masks, and how well its values rank the pixels of a mask."""
 
 
 class Prediction(NamedTuple):
-    """What a model gives for one image.
-
-    Attributes:
-        outputs: "tokens" [1,N,C] are the prefix and the patches, those that are left where
-            `POSITIONS` [1,P] says which. prefix: how many come before the patches.
-    """
+    """A model's answer to one image."""
 
     outputs: Outputs
     prefix: int = 0
 
     @property
     def patches(self) -> Array:
-        """[1,P,C]."""
+        """Patch tokens [1,P,C]."""
         return self.outputs["tokens"][:, self.prefix :]
 
 
@@ -59,11 +54,11 @@ PARTS: dict[str, Callable[[Prediction], Array]] = {
     "prefix": lambda answer: answer.outputs["tokens"][:, : answer.prefix],
     "patches": lambda answer: answer.patches,
 }
-"""Rows [..., C] of an answer that are compared by their cosine."""
+"""Part of an answer -> rows [..., C] that are compared by cosine."""
 
 
 def alike(part: str, got: Prediction, wanted: Prediction) -> float:
-    """Mean cosine of one of `PARTS`; of patches, where `got` lacks some, of those that it has."""
+    """Return the mean cosine of one of `PARTS`; if `got` lacks some patches, over those that it has."""
     rows, expected = PARTS[part](got), PARTS[part](wanted)
     if part == "patches" and POSITIONS in got.outputs:
         expected = expected[:, got.outputs[POSITIONS][0]]
@@ -71,37 +66,37 @@ def alike(part: str, got: Prediction, wanted: Prediction) -> float:
 
 
 def correlation(got: Array, wanted: Array) -> float:
-    """Of all elements; 1 where both are constant."""
+    """Return the correlation over all elements; 1 if both are constant."""
     return float(cosine(*(x.ravel() - x.mean(dtype=np.float64) for x in (got, wanted))))
 
 
 def map_in(outputs: Outputs, name: str | None, role: str) -> tuple[str, Array]:
-    """The one dense map among a model's outputs, or that of a name: its name, and [h,w].
+    """Return the name and values [h,w] of the only dense map among a model's outputs, or of the named one.
 
     Raises:
-        ConfigError: there is none, there are several and no name, or it has several channels.
+        ConfigError: There is no map, there are several and none is named, or the map has several channels.
     """
     maps = {key: value for key, value in outputs.items() if value.ndim > 2 and key != "tokens"}
     if name is None and len(maps) == 1:
         name = next(iter(maps))
     if name is None or name not in maps:
         raise ConfigError(
-            f"The {role} gives {len(maps)} dense maps ({', '.join(outputs)}); which is judged?",
+            f"The {role} outputs {len(maps)} dense maps ({', '.join(outputs)}), and none is selected.",
             "Name one: --map NAME.",
         )
     squeezed = np.squeeze(maps[name])
     if squeezed.ndim != 2:
         raise ConfigError(
-            f"{name} has shape {list(maps[name].shape)}: no map of one channel.",
+            f"{name} has shape {list(maps[name].shape)}, which is not a map with one channel.",
             "Write a metric of your own: --task package.module:object.",
         )
     return name, squeezed
 
 
 def map_scores(answer: Array, truth: Array, threshold: float, names: Sequence[str] = tuple(MAP_MEASURES)) -> Scores:
-    """A map against a true mask (bool), [H,W] of any size, or another model's map of its shape, by `MAP_MEASURES`.
+    """Score a map against a true mask (bool) [H,W] of any size, or another model's map of its shape, by `MAP_MEASURES`.
 
-    Two maps that do not both lie between 0 and 1 have an error alone.
+    Two maps that do not both lie between 0 and 1 only have an error.
     """
     masked = truth.dtype == bool
     mask = matching(truth, answer.shape) if masked else truth > threshold
@@ -112,7 +107,7 @@ def map_scores(answer: Array, truth: Array, threshold: float, names: Sequence[st
 
 
 def matching(mask: Array, shape: Sequence[int]) -> Array:
-    """A mask [H,W] at a map's size [h,w], by the nearest pixel."""
+    """Resize a mask [H,W] to a map's size [h,w] by the nearest pixel."""
     if mask.shape == tuple(shape):
         return mask
     rows, columns = (
@@ -123,11 +118,13 @@ def matching(mask: Array, shape: Sequence[int]) -> Array:
 
 
 class TaskMetric(Protocol):
-    """How well a model does a user's task; `evaluate --metric task --task NAME` makes one for the model and one for its
-    teacher, `optimize --metric package.module:class` one for both, of which it asks `update` alone.
+    """Interface of a user's task metric.
+
+    `evaluate --metric task --task NAME` makes one instance for the model and one for the dense model. `optimize
+    --metric package.module:class` makes one for both and only calls `update`.
 
     Attributes:
-        higher_is_better: of `result`, and of what `update` returns.
+        higher_is_better: True if higher values of `result` and `update` are better.
     """
 
     higher_is_better: bool
@@ -136,21 +133,22 @@ class TaskMetric(Protocol):
         """Take a model's outputs, batch 1, for one image.
 
         Returns:
-            How well it did on that image, if that can be said; paired intervals come of these.
+            The score of this image, if it is defined; paired intervals use it.
         """
 
     def result(self) -> float:
-        """How well it did on all."""
+        """Return the score over all images."""
 
 
 class UserMetric:
-    """A user's `TaskMetric`, which may fail in any way.
+    """Wrapper of a user's `TaskMetric`, which may fail in any way.
 
     Args:
-        name: package.module:class, or an entry point of the group `METRIC_POINTS`, which a package declares.
+        name: package.module:class, or an entry point of the group `METRIC_POINTS`.
 
     Raises:
-        ConfigError: it cannot be imported, or makes no `TaskMetric`; by each method: it fails.
+        ConfigError: The metric cannot be imported or does not implement `TaskMetric`. Each method raises it if the
+            metric fails.
     """
 
     def __init__(self, name: str) -> None:
@@ -158,21 +156,21 @@ class UserMetric:
         known = ", ".join([MAPS, *points])
         fix = f"Give {known}, or your own. {NAME_IT}"
         self._metric: TaskMetric = _call(name, import_object(points.get(name, name), fix))
-        lacking = [part for part in ("update", "result", "higher_is_better") if not hasattr(self._metric, part)]
-        if lacking:
-            raise ConfigError(f"{name} has no {lacking[0]}.", "See judge.TaskMetric for what one has.")
+        missing = [part for part in ("update", "result", "higher_is_better") if not hasattr(self._metric, part)]
+        if missing:
+            raise ConfigError(f"{name} has no {missing[0]}.", "Implement the interface scoring.TaskMetric.")
 
     @property
     def higher_is_better(self) -> bool:
-        """Of its scores."""
+        """True if higher scores are better."""
         return bool(self._metric.higher_is_better)
 
     def score(self, outputs: Outputs, path: Path) -> float | None:
-        """Of a model's outputs, batch 1, for one image."""
+        """Score a model's outputs, batch 1, for one image."""
         return self._number("update", outputs, path)
 
     def result(self) -> float | None:
-        """Of all that was scored."""
+        """Return the score over all images."""
         return self._number("result")
 
     def _number(self, method: str, *arguments: Any) -> float | None:
@@ -187,4 +185,4 @@ def _call(name: str, call: Callable[[], _Value]) -> _Value:
     try:
         return call()
     except Exception as error:
-        raise ConfigError(f"{name} failed: {type(error).__name__}: {error}.", "Mend the metric.") from error
+        raise ConfigError(f"{name} failed: {type(error).__name__}: {error}.", "Fix the metric.") from error

@@ -1,10 +1,10 @@
-// What a tile of SparseAttention does with its list and with the background cells; compiled once per instruction set.
+// What a tile of SparseAttention does with its list and with the background pools; compiled once per instruction set.
 
-#if defined(SPARSIFINER_CELLS_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef SPARSIFINER_CELLS_INL_H_
-#undef SPARSIFINER_CELLS_INL_H_
+#if defined(SPARSIFINER_POOLS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SPARSIFINER_POOLS_INL_H_
+#undef SPARSIFINER_POOLS_INL_H_
 #else
-#define SPARSIFINER_CELLS_INL_H_
+#define SPARSIFINER_POOLS_INL_H_
 #endif
 
 #include "hwy/highway.h"
@@ -83,13 +83,13 @@ struct SparseJob {
   SparseSettings settings;
   const int32_t* indices;
   Output output;
-  size_t patches, tiles, cells;
-  size_t run, runs;    // patches packed together, a cell's where there are cells
+  size_t patches, tiles, pools;
+  size_t run, runs;    // patches packed together, a pool's where there are pools
   size_t row;          // words between the rows that places count
-  float* logs;         // log2 of 0..cell; of 0: -inf
-  uint16_t* cell_of;   // [patches]
+  float* logs;         // log2 of 0..pool; of 0: -inf
+  uint16_t* pool_of;   // [patches]
   float* bias;         // [batch][tokens]: log2 of sizes; null, as are the next, where all tokens are single
-  float* cell_sizes;   // [batch][cells]: sums of sizes
+  float* pool_sizes;   // [batch][pools]: sums of sizes
 };
 
 // What follows from sizes and settings alone.
@@ -101,68 +101,68 @@ HWY_INLINE SparseJob Describe(const Packed& in, const int32_t* indices, const Sp
   job.indices = indices;
   job.output = output;
   job.patches = in.tokens - settings.prefix;
-  job.settings.cell = std::min(settings.cell, job.patches);
+  job.settings.key_pool = std::min(settings.key_pool, job.patches);
   job.tiles = Groups(job.patches, settings.tile);
-  job.cells = settings.cell ? Groups(job.patches, job.settings.cell) : 0;
-  job.run = job.cells ? job.settings.cell : std::min<size_t>(64, job.patches);
+  job.pools = settings.key_pool ? Groups(job.patches, job.settings.key_pool) : 0;
+  job.run = job.pools ? job.settings.key_pool : std::min<size_t>(64, job.patches);
   job.runs = Groups(job.patches, job.run);
   return job;
 }
 
 // Tables that all tiles read.
 HWY_INLINE void TakeTables(Layout* layout, SparseJob* job) {
-  job->logs = layout->Take<float>(job->settings.cell + 1);
-  job->cell_of = layout->Take<uint16_t>(job->patches);
+  job->logs = layout->Take<float>(job->settings.key_pool + 1);
+  job->pool_of = layout->Take<uint16_t>(job->patches);
   job->bias = job->in.sizes == nullptr ? nullptr : layout->Take<float>(job->in.batch, job->in.tokens);
-  job->cell_sizes = job->in.sizes == nullptr ? nullptr : layout->Take<float>(job->in.batch, job->cells);
+  job->pool_sizes = job->in.sizes == nullptr ? nullptr : layout->Take<float>(job->in.batch, job->pools);
 }
 
 HWY_INLINE void FillTables(const SparseJob& job) {
   const Packed& in = job.in;
-  if (job.cells != 0) {
+  if (job.pools != 0) {
     job.logs[0] = kLowest;
-    for (size_t n = 1; n <= job.settings.cell; ++n) job.logs[n] = std::log2(static_cast<float>(n));
-    for (size_t j = 0; j < job.patches; ++j) job.cell_of[j] = static_cast<uint16_t>(j / job.settings.cell);
+    for (size_t n = 1; n <= job.settings.key_pool; ++n) job.logs[n] = std::log2(static_cast<float>(n));
+    for (size_t j = 0; j < job.patches; ++j) job.pool_of[j] = static_cast<uint16_t>(j / job.settings.key_pool);
   }
   if (in.sizes == nullptr) return;
   LogSizes(in.sizes, in.batch * in.tokens, job.bias);
-  std::memset(job.cell_sizes, 0, in.batch * job.cells * sizeof(float));
-  for (size_t i = 0; job.cells != 0 && i < in.batch * job.patches; ++i) {
+  std::memset(job.pool_sizes, 0, in.batch * job.pools * sizeof(float));
+  for (size_t i = 0; job.pools != 0 && i < in.batch * job.patches; ++i) {
     const size_t batch = i / job.patches, j = i % job.patches;
-    job.cell_sizes[batch * job.cells + job.cell_of[j]] += in.sizes[batch * in.tokens + job.settings.prefix + j];
+    job.pool_sizes[batch * job.pools + job.pool_of[j]] += in.sizes[batch * in.tokens + job.settings.prefix + j];
   }
 }
 
-// What a tile's list leaves of each cell, as numbers of single tokens.
+// What a tile's list leaves of each pool, as numbers of single tokens.
 struct Rest {
   float *whole, *listed, *rest, *log_rest;  // [R]; rest is 0 where all are listed
   float* sizes;                             // [K]: of the listed keys, where tokens are merged
 };
 
-// Logits of the cells, less what was selected. selected: [count][16] logits of the listed keys; cells: [R][16], on entry
-// those of whole cells, on exit those of the rest, raised by the log of its number. sums: scratch [R][16].
+// Logits of the pools, less what was selected. selected: [count][16] logits of the listed keys; pools: [R][16], on entry
+// those of whole pools, on exit those of the rest, raised by the log of its number. sums: scratch [R][16].
 template <bool kSized>
-HWY_INLINE void RestOfCells(const SparseJob& job, const uint16_t* owner, size_t count, const float* selected,
-                            const Rest& counts, float* HWY_RESTRICT sums, float* HWY_RESTRICT cells) {
+HWY_INLINE void RestOfPools(const SparseJob& job, const uint16_t* owner, size_t count, const float* selected,
+                            const Rest& counts, float* HWY_RESTRICT sums, float* HWY_RESTRICT pools) {
   const D d;
-  std::memset(sums, 0, job.cells * kQueries * sizeof(float));
+  std::memset(sums, 0, job.pools * kQueries * sizeof(float));
   for (size_t v = 0; v < kQueries; v += kLanes) {
     const auto logit = [&](size_t j) {
       const V x = hn::Load(d, selected + j * kQueries + v);
       return kSized ? hn::Mul(hn::Set(d, counts.sizes[j]), x) : x;
     };
-    // Lists ascend, so that a cell's keys come in one run; any other order is right too, and slower.
+    // Lists ascend, so that a pool's keys come in one run; any other order is right too, and slower.
     for (size_t j = 0; j < count;) {
-      const size_t cell = owner[j];
+      const size_t pool = owner[j];
       V sum = logit(j);
-      for (++j; j < count && owner[j] == cell; ++j) sum = hn::Add(sum, logit(j));
-      hn::Store(hn::Add(sum, hn::Load(d, sums + cell * kQueries + v)), d, sums + cell * kQueries + v);
+      for (++j; j < count && owner[j] == pool; ++j) sum = hn::Add(sum, logit(j));
+      hn::Store(hn::Add(sum, hn::Load(d, sums + pool * kQueries + v)), d, sums + pool * kQueries + v);
     }
-    for (size_t r = 0; r < job.cells; ++r) {
-      const V whole = hn::Load(d, cells + r * kQueries + v);
+    for (size_t r = 0; r < job.pools; ++r) {
+      const V whole = hn::Load(d, pools + r * kQueries + v);
       const V taken = hn::NegMulAdd(hn::Set(d, counts.listed[r]), whole, hn::Load(d, sums + r * kQueries + v));
       const V share = hn::Set(d, counts.rest[r] > 0 ? -1.0f / counts.rest[r] : 0.0f);
-      hn::Store(hn::Add(hn::MulAdd(taken, share, whole), hn::Set(d, counts.log_rest[r])), d, cells + r * kQueries + v);
+      hn::Store(hn::Add(hn::MulAdd(taken, share, whole), hn::Set(d, counts.log_rest[r])), d, pools + r * kQueries + v);
     }
   }
 }
@@ -179,28 +179,28 @@ HWY_INLINE void AddBias(const float* bias, const uint32_t* places, uint32_t row,
   }
 }
 
-// Softmax of a tile over listed keys and cells. On entry logits, on exit weights: scores [count][16], cells [R][16];
+// Softmax of a tile over listed keys and pools. On entry logits, on exit weights: scores [count][16], pools [R][16];
 // shares [16]: what makes them sum to 1. sums: scratch [R][16].
 template <bool kSized>
 HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* owner, const Rest& counts,
-                            float* HWY_RESTRICT scores, float* HWY_RESTRICT cells, float* HWY_RESTRICT sums,
+                            float* HWY_RESTRICT scores, float* HWY_RESTRICT pools, float* HWY_RESTRICT sums,
                             float* HWY_RESTRICT shares) {
   const SparseSettings& s = job.settings;
   const D d;
-  const size_t rows = count + job.cells;
+  const size_t rows = count + job.pools;
   for (size_t v = 0; v < kQueries; v += kLanes) {
     V top = hn::Load(d, scores + v);
     for (size_t j = 1; j < rows; ++j) top = hn::Max(top, hn::Load(d, scores + j * kQueries + v));
     V total = hn::Zero(d);
-    for (size_t r = 0; r < job.cells; ++r) {
+    for (size_t r = 0; r < job.pools; ++r) {
       const float rest = counts.rest[r];
-      const V weight = Exp2(hn::Sub(hn::Load(d, cells + r * kQueries + v), top));
+      const V weight = Exp2(hn::Sub(hn::Load(d, pools + r * kQueries + v), top));
       total = hn::Add(total, rest > 0 ? weight : hn::Zero(d));
-      // Each of the rest has this share. The cell's mean value stands for all its tokens, so those that were selected
+      // Each of the rest has this share. The pool's mean value stands for all its tokens, so those that were selected
       // must give their share back.
       const V share = hn::Mul(weight, hn::Set(d, rest > 0 ? 1.0f / rest : 0.0f));
       hn::Store(share, d, sums + r * kQueries + v);
-      hn::Store(hn::Mul(share, hn::Set(d, counts.whole[r])), d, cells + r * kQueries + v);
+      hn::Store(hn::Mul(share, hn::Set(d, counts.whole[r])), d, pools + r * kQueries + v);
     }
     for (size_t j = 0; j < s.prefix_keys; ++j) {
       const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
@@ -212,8 +212,8 @@ HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* 
       const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
       *sum = hn::Add(*sum, weight);
       const size_t key = j - s.prefix_keys;
-      const V back = job.cells ? hn::Load(d, sums + owner[key] * kQueries + v) : hn::Zero(d);
-      const V net = kSized && job.cells ? hn::NegMulAdd(hn::Set(d, counts.sizes[key]), back, weight)
+      const V back = job.pools ? hn::Load(d, sums + owner[key] * kQueries + v) : hn::Zero(d);
+      const V net = kSized && job.pools ? hn::NegMulAdd(hn::Set(d, counts.sizes[key]), back, weight)
                                         : hn::Sub(weight, back);
       hn::Store(net, d, scores + j * kQueries + v);
     };
@@ -228,25 +228,25 @@ HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* 
   }
 }
 
-// Which cell each listed key lies in, and how many of each cell's keys are listed. number: [4][R], of which the first row
+// Which pool each listed key lies in, and how many of each pool's keys are listed. number: [4][R], of which the first row
 // is the result: counting in turn spares each addition the wait for the one before.
 HWY_INLINE void CountListed(const SparseJob& job, const List& list, size_t count, uint16_t* HWY_RESTRICT owner,
                             uint32_t* HWY_RESTRICT number) {
   const uint32_t most = static_cast<uint32_t>(list.limit - 1);
-  std::memset(number, 0, 4 * job.cells * sizeof(uint32_t));
+  std::memset(number, 0, 4 * job.pools * sizeof(uint32_t));
   for (size_t j = 0; j < count; ++j) {
-    owner[j] = job.cell_of[std::min(static_cast<uint32_t>(list.patches[j]), most)];
-    ++number[j % 4 * job.cells + owner[j]];
+    owner[j] = job.pool_of[std::min(static_cast<uint32_t>(list.patches[j]), most)];
+    ++number[j % 4 * job.pools + owner[j]];
   }
-  for (size_t r = 0; r < job.cells; ++r) {
-    number[r] += number[job.cells + r] + number[2 * job.cells + r] + number[3 * job.cells + r];
+  for (size_t r = 0; r < job.pools; ++r) {
+    number[r] += number[job.pools + r] + number[2 * job.pools + r] + number[3 * job.pools + r];
   }
 }
 
 // Entries after the last place, which blocks may fetch ahead.
 constexpr size_t kPlacesAhead = 32;
 
-// What a thread needs for a tile's list, its scores and its cells.
+// What a thread needs for a tile's list, its scores and its pools.
 struct ListWork {
   float *scores, *sums;
   uint16_t* owner;
@@ -256,23 +256,23 @@ struct ListWork {
 
 HWY_INLINE void TakeList(const SparseJob& job, Layout* layout, ListWork* work) {
   const size_t count = job.settings.prefix_keys + job.settings.keys;
-  work->scores = layout->Take<float>(std::max((count + job.cells + kPaddedRows) * kQueries, job.in.tokens));
-  work->sums = layout->Take<float>(job.cells, kQueries);
+  work->scores = layout->Take<float>(std::max((count + job.pools + kPaddedRows) * kQueries, job.in.tokens));
+  work->sums = layout->Take<float>(job.pools, kQueries);
   work->owner = layout->Take<uint16_t>(job.settings.keys);
-  work->places = layout->Take<uint32_t>(count + job.cells + kPlacesAhead);
-  work->number = layout->Take<uint32_t>(4 * job.cells);
-  work->counts.whole = layout->Take<float>(job.cells);
-  work->counts.listed = layout->Take<float>(job.cells);
-  work->counts.rest = layout->Take<float>(job.cells);
-  work->counts.log_rest = layout->Take<float>(job.cells);
+  work->places = layout->Take<uint32_t>(count + job.pools + kPlacesAhead);
+  work->number = layout->Take<uint32_t>(4 * job.pools);
+  work->counts.whole = layout->Take<float>(job.pools);
+  work->counts.listed = layout->Take<float>(job.pools);
+  work->counts.rest = layout->Take<float>(job.pools);
+  work->counts.log_rest = layout->Take<float>(job.pools);
   work->counts.sizes = job.bias == nullptr ? nullptr : layout->Take<float>(job.settings.keys);
 }
 
-// What is left of each cell, once its listed keys are counted.
+// What is left of each pool, once its listed keys are counted.
 HWY_INLINE void CountRest(const SparseJob& job, size_t batch, const List& list, const ListWork& work) {
   const Rest& counts = work.counts;
-  for (size_t r = 0; r < job.cells; ++r) {
-    const size_t size = std::min(job.settings.cell, job.patches - r * job.settings.cell);
+  for (size_t r = 0; r < job.pools; ++r) {
+    const size_t size = std::min(job.settings.key_pool, job.patches - r * job.settings.key_pool);
     const size_t listed = std::min<size_t>(work.number[r], size);
     counts.whole[r] = static_cast<float>(size);
     counts.listed[r] = static_cast<float>(listed);
@@ -281,13 +281,13 @@ HWY_INLINE void CountRest(const SparseJob& job, size_t batch, const List& list, 
   }
   if (job.bias == nullptr) return;
   const float* sizes = job.in.sizes + batch * job.in.tokens + list.prefix;
-  std::memset(counts.listed, 0, job.cells * sizeof(float));
+  std::memset(counts.listed, 0, job.pools * sizeof(float));
   for (size_t j = 0; j < job.settings.keys; ++j) {
     counts.sizes[j] = sizes[std::min<size_t>(static_cast<uint32_t>(list.patches[j]), list.limit - 1)];
-    if (job.cells != 0) counts.listed[work.owner[j]] += counts.sizes[j];
+    if (job.pools != 0) counts.listed[work.owner[j]] += counts.sizes[j];
   }
-  for (size_t r = 0; r < job.cells; ++r) {
-    counts.whole[r] = job.cell_sizes[batch * job.cells + r];
+  for (size_t r = 0; r < job.pools; ++r) {
+    counts.whole[r] = job.pool_sizes[batch * job.pools + r];
     if (counts.rest[r] > 0) {
       counts.rest[r] = counts.whole[r] - counts.listed[r];
       counts.log_rest[r] = std::log2(counts.rest[r]);
@@ -295,19 +295,19 @@ HWY_INLINE void CountRest(const SparseJob& job, size_t batch, const List& list, 
   }
 }
 
-// Where the rows of a list lie, and those of `cells` after all tokens, as words from the first token's row; which cells the
+// Where the rows of a list lie, and those of `pools` after all tokens, as words from the first token's row; which pools the
 // list's keys lie in.
-HWY_INLINE void PlaceList(const SparseJob& job, size_t batch, const List& list, size_t cells, const ListWork& work) {
+HWY_INLINE void PlaceList(const SparseJob& job, size_t batch, const List& list, size_t pools, const ListWork& work) {
   const uint32_t first = static_cast<uint32_t>(list.prefix), most = static_cast<uint32_t>(list.limit - 1);
   const uint32_t step = static_cast<uint32_t>(job.row);
   for (uint32_t j = 0; j < first; ++j) work.places[j] = j * step;
   for (size_t j = 0; j < job.settings.keys; ++j) {
     work.places[first + j] = (first + std::min(static_cast<uint32_t>(list.patches[j]), most)) * step;
   }
-  for (size_t r = 0; r < cells; ++r) work.places[list.count + r] = static_cast<uint32_t>(job.in.tokens + r) * step;
-  const size_t rows = list.count + cells;
+  for (size_t r = 0; r < pools; ++r) work.places[list.count + r] = static_cast<uint32_t>(job.in.tokens + r) * step;
+  const size_t rows = list.count + pools;
   std::fill(work.places + rows, work.places + rows + kPlacesAhead, work.places[list.count - 1]);
-  if (job.cells != 0) CountListed(job, list, job.settings.keys, work.owner, work.number);
+  if (job.pools != 0) CountListed(job, list, job.settings.keys, work.owner, work.number);
   CountRest(job, batch, list, work);
 }
 
