@@ -1,10 +1,13 @@
-/* Sparse attention beside dense attention of one layer, by the C interface alone: no ONNX, no Python.
+/* Compares sparse with dense attention of one layer, using only the C interface: no ONNX, no Python.
  *
  *     gcc -O2 attention.c -I FOLDER FOLDER/libsparsifiner_ops.so -Wl,-rpath,FOLDER -lm -o attention
  *     ./attention [THREADS]
  *
- * FOLDER: where sparsifiner.h lies beside the library (`sparsifiner-edge doctor --json`). Sizes are those of ViT-S/14 at 518 px: a class
- * token and 37 x 37 patches, 6 heads of 64 channels. Values are random: what is measured is time. */
+ * FOLDER contains sparsifiner.h and the library (`sparsifiner-edge doctor --json` prints it). THREADS is 2 by default.
+ *
+ * The sizes are those of ViT-S/14 at 518 px: one class token and 37 x 37 patches, 6 heads of 64 channels. The values
+ * are random, so only the times are meaningful. The program prints the fastest of kRuns runs of each kind, and the
+ * cosine similarity of the two outputs. */
 
 #define _POSIX_C_SOURCE 199309L
 
@@ -15,11 +18,13 @@
 
 #include "sparsifiner.h"
 
-enum { kPrefix = 1, kTokens = kPrefix + 37 * 37, kHeads = 6, kWidth = 64, kTile = 16, kKeys = 64, kCell = 25, kChannels = 16 };
+enum { kPrefix = 1, kTokens = kPrefix + 37 * 37, kHeads = 6, kWidth = 64 }; /* the layer */
+enum { kTile = 16, kKeys = 64, kQueryPool = 8, kKeyPool = 25, kChannels = 16 }; /* its sparsity, see sparsifiner.h */
 enum { kTiles = (kTokens - kPrefix + kTile - 1) / kTile, kRuns = 20 };
 
 static float random_value(void) { return (float)rand() / (float)RAND_MAX - 0.5f; }
 
+/* Allocates `count` floats: random values in [-0.5, 0.5], or 1. */
 static float* floats(size_t count, int random) {
   float* data = malloc(count * sizeof(float));
   if (data == NULL) exit(1);
@@ -27,6 +32,7 @@ static float* floats(size_t count, int random) {
   return data;
 }
 
+/* Ends the program with the error message of a failed call. */
 static void require(sparsifiner_status status, const sparsifiner_call* call) {
   if (status == SPARSIFINER_OK) return;
   fprintf(stderr, "%s\n", call->message);
@@ -46,7 +52,7 @@ int main(int count, char** words) {
     fprintf(stderr, "usage: %s [THREADS]\n", words[0]);
     return 2;
   }
-  sparsifiner_hold_memory(+1); /* Calls keep their memory for the next. */
+  sparsifiner_hold_memory(+1); /* Keep working memory between calls. */
   sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, sparsifiner_pool_for, pool, ""};
 
   const size_t inner = (size_t)kHeads * kWidth, projected = inner * kChannels, listed = (size_t)kHeads * kTiles * kKeys;
@@ -60,8 +66,8 @@ int main(int count, char** words) {
   if (lists == NULL) return 1;
 
   const sparsifiner_qkv in = {{qkv, (int64_t)(kTokens * 3 * inner)}, {sizes, kTokens}, 1, kTokens, kHeads, kWidth, 0.125f};
-  const sparsifiner_select select = {kPrefix, 8, kTile, kCell, kKeys, kChannels, 1.0f};
-  const sparsifiner_attend attend = {kPrefix, kTile, kCell, kKeys, 1};
+  const sparsifiner_select select = {kPrefix, kQueryPool, kTile, kKeyPool, kKeys, kChannels, 1.0f};
+  const sparsifiner_attend attend = {kPrefix, kTile, kKeyPool, kKeys, 1};
   const sparsifiner_floats q = {proj_q, (int64_t)projected}, k = {proj_k, (int64_t)projected};
   const sparsifiner_ints indices = {lists, (int64_t)listed};
   const sparsifiner_output to_lists = {lists, (int64_t)listed, 0};

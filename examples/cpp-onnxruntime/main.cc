@@ -1,10 +1,19 @@
-// Runs a bundle on frames, with ONNX Runtime and no Python.
+// Runs a bundle on frames, with ONNX Runtime and without Python.
 //
 //     ffmpeg -v error -i photo.jpg -vf scale=518:518 -pix_fmt rgb24 -f rawvideo - | client LIBRARY BUNDLE [options]
 //
-// Frames come on standard input as raw RGB in the size of the model, so that whatever decodes can feed it: ffmpeg, GStreamer,
-// a camera's program. Each gives a line of JSON: time and outputs, of large ones the shape; what is no finite number is null.
-// All else is in the file of the model.
+// LIBRARY is the path of libsparsifiner_ops.so, and BUNDLE is the folder of the bundle.
+//
+// Options:
+//     --threads N   Number of threads (0, the default: chosen by ONNX Runtime).
+//     --share X     Recompute this fraction of the patches in every frame, for a fixed camera (0, the default: run the
+//                   full model on every frame). The bundle must have been exported with --stream.
+//     --bf16        Compute attention in bfloat16. The processor must have bfloat16 products.
+//
+// The program reads frames from standard input as raw RGB in the model's input size, so any decoder can feed it:
+// ffmpeg, GStreamer or a camera's own program. For each frame it prints a line of JSON with the time in milliseconds
+// and the outputs. Large outputs are printed as their shape, and numbers that are not finite as null. Preprocessing is
+// part of the model file.
 
 #include <chrono>
 #include <cmath>
@@ -19,22 +28,23 @@
 
 namespace {
 
-constexpr int64_t kMostPrinted = 4096;
+constexpr int64_t kMostPrinted = 4096;  // Outputs with more elements are printed as their shape.
 
 struct Settings {
   std::string library, bundle;
-  int threads = 0;    // 0: as ONNX Runtime likes.
-  double share = 0;   // Of the patches, computed of each frame; 0: each frame is computed from nothing.
-  bool bf16 = false;  // Attention computes in bfloat16, where the processor has it.
+  int threads = 0;    // Number of threads; 0: chosen by ONNX Runtime.
+  double share = 0;   // Fraction of the patches to recompute in every frame; 0: run the full model on every frame.
+  bool bf16 = false;  // Compute attention in bfloat16.
 };
 
-// The whole word as a number from 0 to `most`; else -1.
+// Parses a number from 0 to `most`. Returns -1 if the word is anything else.
 double number(const char* word, double most) {
   char* end = nullptr;
   const double value = std::strtod(word, &end);
   return end != word && *end == '\0' && value >= 0 && value <= most ? value : -1;
 }
 
+// Reads the command line, or prints the usage and exits with status 2.
 Settings read_settings(int count, char** words) {
   Settings settings;
   double threads = 0;
@@ -62,7 +72,7 @@ Settings read_settings(int count, char** words) {
   return settings;
 }
 
-// Whether the processor multiplies int8 with int8 in 32 bits.
+// Returns true if the processor has int8 products with 32-bit sums (VNNI on x86).
 bool has_int8_products() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx512vnni") || __builtin_cpu_supports("avxvnni");
@@ -75,9 +85,10 @@ Ort::SessionOptions session_options(const Settings& settings) {
   Ort::SessionOptions options;
   options.SetIntraOpNumThreads(settings.threads);
   options.SetInterOpNumThreads(1);
-  // Threads that wait for the next run take a core from whatever comes between.
+  // Without this, threads that wait for the next run keep spinning and take cores from the decoder.
   options.AddConfigEntry("session.force_spinning_stop", "1");
-  // Products of int8 would saturate: ONNX Runtime then takes weights as uint8.
+  // Without VNNI, sums of uint8 x int8 products saturate in 16 bits. With this entry, ONNX Runtime converts int8
+  // weights to uint8, which avoids that.
   if (!has_int8_products()) options.AddConfigEntry("session.x64quantprecision", "1");
   if (settings.bf16) options.AddConfigEntry("sparsifiner.attention", "bfloat16");
   options.RegisterCustomOpsLibrary(settings.library.c_str());
@@ -109,13 +120,13 @@ void print(int64_t frame, double ms, const Outputs& outputs) {
     all ? print_values(value.GetTensorData<float>(), count) : print_shape(info.GetShape());
   }
   std::printf("}\n");
-  if (std::fflush(stdout) != 0) throw std::runtime_error("The answers cannot be written");
+  if (std::fflush(stdout) != 0) throw std::runtime_error("Cannot write the results to standard output");
 }
 
 int run(const Settings& settings) {
   const Ort::Env env(ORT_LOGGING_LEVEL_ERROR, "client");
   const Ort::SessionOptions options = session_options(settings);
-  // Files of a stream also answer a first frame; only without them is the whole model needed.
+  // The model files of the stream also process the first frame, so model.onnx is needed only without --share.
   std::unique_ptr<Model> model, embedding, step;
   std::unique_ptr<Stream> stream;
   if (settings.share > 0) {
@@ -131,7 +142,7 @@ int run(const Settings& settings) {
     const size_t read = std::fread(pixels.data(), 1, pixels.size(), stdin);
     if (read != pixels.size()) {
       if (read == 0 && frame > 0 && !std::ferror(stdin)) return 0;
-      std::fprintf(stderr, "frame %lld: %zu bytes, of %lld x %lld x 3\n", static_cast<long long>(frame), read,
+      std::fprintf(stderr, "frame %lld: %zu bytes, expected %lld x %lld x 3\n", static_cast<long long>(frame), read,
                    static_cast<long long>(shape[2]), static_cast<long long>(shape[1]));
       return 2;
     }
@@ -149,7 +160,7 @@ int main(int count, char** words) {
   const Settings settings = read_settings(count, words);
   try {
     return run(settings);
-  } catch (const std::exception& error) {  // Ort::Exception too: it says which file or operator.
+  } catch (const std::exception& error) {  // Includes Ort::Exception, which names the file or operator.
     std::fprintf(stderr, "%s\n", error.what());
     return 2;
   }

@@ -6,21 +6,22 @@
 
 namespace {
 
+// Returns the shape and type of `count` inputs or outputs by name.
 std::map<std::string, Spec> specs(size_t count, const std::function<std::string(size_t)>& name,
                                   const std::function<Ort::TypeInfo(size_t)>& type) {
-  std::map<std::string, Spec> found;
+  std::map<std::string, Spec> result;
   for (size_t i = 0; i < count; ++i) {
     const Ort::TypeInfo info = type(i);
     const auto tensor = info.GetTensorTypeAndShapeInfo();
-    found[name(i)] = {tensor.GetShape(), tensor.GetElementType()};
+    result[name(i)] = {tensor.GetShape(), tensor.GetElementType()};
   }
-  return found;
+  return result;
 }
 
 std::vector<const char*> names(const std::map<std::string, Spec>& specs) {
-  std::vector<const char*> found;
-  for (const auto& [name, spec] : specs) found.push_back(name.c_str());
-  return found;
+  std::vector<const char*> result;
+  for (const auto& [name, spec] : specs) result.push_back(name.c_str());
+  return result;
 }
 
 }  // namespace
@@ -44,7 +45,9 @@ Outputs Model::run(const Inputs& given) {
   std::vector<Ort::Value> values;
   for (const auto& [name, spec] : inputs) {
     const auto found = given.find(name);
-    if (found == given.end()) throw std::runtime_error(file_ + " takes an input " + name + ", which this client has not");
+    if (found == given.end()) {
+      throw std::runtime_error(file_ + " requires an input " + name + ", which this client does not supply");
+    }
     const View& from = found->second;
     values.push_back(
         Ort::Value::CreateTensor(memory, from.data, from.bytes, from.shape.data(), from.shape.size(), from.type));
@@ -58,6 +61,6 @@ Outputs Model::run(const Inputs& given) {
 
 const Spec& Model::input(const std::string& name) const {
   const auto found = inputs.find(name);
-  if (found == inputs.end()) throw std::runtime_error(file_ + " takes no input " + name);
+  if (found == inputs.end()) throw std::runtime_error(file_ + " has no input " + name);
   return found->second;
 }

@@ -1,4 +1,4 @@
-// One ONNX file, by names.
+// ONNX model whose inputs and outputs are accessed by name.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 #include <onnxruntime_cxx_api.h>
 
-// A tensor that something else owns. Inputs of a call; an output has its own memory.
+// Tensor that is owned by the caller. Inputs are views; an output (Ort::Value) owns its memory.
 struct View {
   void* data;
   size_t bytes;
@@ -17,6 +17,7 @@ struct View {
   ONNXTensorElementDataType type;
 };
 
+// Returns a view of a vector. The vector must outlive it.
 template <typename T>
 View view(std::vector<T>& elements, std::vector<int64_t> shape) {
   return {elements.data(), elements.size() * sizeof(T), std::move(shape), Ort::TypeToTensorType<T>::type};
@@ -25,7 +26,7 @@ View view(std::vector<T>& elements, std::vector<int64_t> shape) {
 using Inputs = std::map<std::string, View>;
 using Outputs = std::map<std::string, Ort::Value>;
 
-// What a file says of an input or output: -1 is any size.
+// Shape and type of an input or output in the file. An axis of any size is -1.
 struct Spec {
   std::vector<int64_t> shape;
   ONNXTensorElementDataType type;
@@ -35,10 +36,11 @@ class Model {
  public:
   Model(const Ort::Env& env, const Ort::SessionOptions& options, const std::string& file);
 
-  // Takes of the inputs those that the file has. Throws Ort::Exception, and std::runtime_error where one lacks.
+  // Runs the model. Inputs that the file does not have are ignored. Throws Ort::Exception, or std::runtime_error if an
+  // input is missing.
   Outputs run(const Inputs& inputs);
 
-  // Of a name. Throws std::runtime_error where the file has none.
+  // Returns the shape and type of an input. Throws std::runtime_error if the file has no input of this name.
   const Spec& input(const std::string& name) const;
 
   std::map<std::string, Spec> inputs, outputs;
@@ -46,5 +48,5 @@ class Model {
  private:
   std::string file_;
   Ort::Session session_;
-  std::vector<const char*> input_names_, output_names_;  // Of the keys above, in their order.
+  std::vector<const char*> input_names_, output_names_;  // Keys of `inputs` and `outputs`, in the same order.
 };

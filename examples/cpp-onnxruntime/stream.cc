@@ -7,13 +7,16 @@
 
 namespace {
 
-// Change by which one of patches that did not change is chosen, by its age; one in so many is the oldest there is.
+// Added to the change of every patch, so that patches that did not change are ranked by age.
 constexpr double kStill = 1e-3;
+// One in this many recomputed patches is taken from the oldest ones, regardless of its change.
 constexpr int64_t kOldest = 4;
 
-// How far a patch is from what it was that counts as changed: so many medians of the frame's, a camera's noise, within bounds.
+// A patch counts as changed if its change exceeds kNoise times the median over the frame, an estimate of the camera's
+// noise. The threshold is limited to [kLeast, kMost].
 constexpr float kNoise = 3.0f, kLeast = 0.25f, kMost = 0.5f;
 
+// Returns the change above which a patch counts as changed.
 float changed_from(std::vector<float> change) {
   const size_t half = change.size() / 2;
   std::nth_element(change.begin(), change.begin() + half, change.end());
@@ -27,7 +30,7 @@ size_t bytes_of(ONNXTensorElementDataType type) { return type == ONNX_TENSOR_ELE
 }  // namespace
 
 Stream::Stream(Model& embedding, Model& step, double share) : embedding_(embedding), step_(step), share_(share) {
-  const auto& shape = embedding.outputs.at("stream.tokens").shape;  // [1, tokens, width]: a prefix, then the patches.
+  const auto& shape = embedding.outputs.at("stream.tokens").shape;  // [1, tokens, width]: prefix tokens, then patches.
   tokens_ = shape.at(1);
   width_ = shape.at(2);
   patches_ = embedding.outputs.at("stream.change").shape.at(1);
@@ -55,9 +58,9 @@ Outputs Stream::next(const View& image) {
   const float* first = embedded.at("stream.change").GetTensorData<float>();
   std::vector<float> change(first, first + patches_);
   for (float& x : change) x = std::isfinite(x) ? x : 1.0f;
-  const bool whole = !begun_ || share_ >= 1;
+  const bool full = !begun_ || share_ >= 1;
   begun_ = true;
-  return step(image, tokens, whole ? all : choose(change), whole ? std::vector<float>() : change);
+  return step(image, tokens, full ? all : choose(change), full ? std::vector<float>() : change);
 }
 
 std::vector<int64_t> Stream::choose(const std::vector<float>& change) const {
@@ -76,12 +79,13 @@ std::vector<int64_t> Stream::choose(const std::vector<float>& change) const {
 }
 
 Outputs Stream::step(const View& image, const float* tokens, const std::vector<int64_t>& patches, const std::vector<float>& change) {
-  const bool whole = change.empty();
+  const bool full = change.empty();
   const int64_t prefix = tokens_ - patches_, chosen = prefix + static_cast<int64_t>(patches.size());
   std::vector<int64_t> rows(chosen), places(tokens_);
   std::iota(rows.begin(), rows.begin() + prefix, 0);
   std::transform(patches.begin(), patches.end(), rows.begin() + prefix, [&](int64_t p) { return prefix + p; });
-  // Attention reads tokens that are kept, and the chosen ones in their place; a token's output is that of its place.
+  // Attention reads the kept tokens, except those that are recomputed (their count is 0), and the recomputed tokens.
+  // `places` is the row of each token in the concatenation of both.
   std::vector<float> counts(tokens_, 1.0f), now(chosen * width_), unchanged(chosen, 0.0f);
   std::iota(places.begin(), places.end(), 0);
   for (int64_t i = 0; i < chosen; ++i) {
@@ -89,10 +93,10 @@ Outputs Stream::step(const View& image, const float* tokens, const std::vector<i
     places[rows[i]] = tokens_ + i;
     std::copy_n(tokens + rows[i] * width_, width_, now.begin() + i * width_);
   }
-  if (whole) counts.resize(1);
-  // How a patch comes out that did not change tells of those like it that are not computed.
-  const float limit = whole ? 0.0f : changed_from(change);
-  for (int64_t i = prefix; i < chosen && !whole; ++i) unchanged[i] = change[patches[i - prefix]] > limit ? 0.0f : 1.0f;
+  if (full) counts.resize(1);
+  // Recomputed patches that did not change themselves show how similar patches drift that are not recomputed.
+  const float limit = full ? 0.0f : changed_from(change);
+  for (int64_t i = prefix; i < chosen && !full; ++i) unchanged[i] = change[patches[i - prefix]] > limit ? 0.0f : 1.0f;
   Inputs inputs = {
       {"image", image},
       {"stream.tokens", view(now, {1, chosen, width_})},
@@ -103,14 +107,15 @@ Outputs Stream::step(const View& image, const float* tokens, const std::vector<i
   };
   for (auto& [name, kept] : kept_) {
     View from = {kept.data.data(), kept.data.size(), kept.shape, kept.type};
-    // What a first frame reads: one token that does not count.
-    if (whole && kept.cached) from.bytes = kept.row, from.shape[1] = 1;
+    // A full frame reads one cached token, whose count is 0.
+    if (full && kept.cached) from.bytes = kept.row, from.shape[1] = 1;
     inputs.emplace(name, from);
   }
   Outputs outputs = step_.run(inputs);
   const float* final = outputs.at("stream.final").GetTensorData<float>();
-  if (!whole && !std::all_of(final, final + chosen * width_, [](float x) { return std::isfinite(x); })) {
-    // What is kept of it would be read by all frames that follow: all is computed, and nothing that was kept is read.
+  if (!full && !std::all_of(final, final + chosen * width_, [](float x) { return std::isfinite(x); })) {
+    // Values that are not finite would be kept and read by all later frames. Compute the full frame without the kept
+    // state instead.
     std::vector<int64_t> all(patches_);
     std::iota(all.begin(), all.end(), 0);
     return step(image, tokens, all, {});

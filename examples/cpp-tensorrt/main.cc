@@ -1,11 +1,13 @@
-// Runs an engine of a bundle on frames, with TensorRT and no Python.
+// Runs an engine of a bundle on frames, with TensorRT and without Python.
 //
 //     sparsifiner-edge build bundle/ --backend tensorrt
 //     ffmpeg -v error -i photo.jpg -vf scale=518:518 -pix_fmt rgb24 -f rawvideo - | client bundle/engines/....engine
 //
-// Frames come on standard input as raw RGB in the size of the model. Each gives a line of JSON: time, and of each output the
-// first values. Kernels are in the engine from TensorRT 10.9 on; with 10.3 to 10.8 (JetPack 6) they are plugins that
-// Python registers, and an engine without them runs here: `build --kernels portable`.
+// The program reads frames from standard input as raw RGB in the model's input size. For each frame it prints a line of
+// JSON with the time in milliseconds and the first values of each output.
+//
+// From TensorRT 10.9 on, the engine contains the kernels. With TensorRT 10.3 to 10.8 (JetPack 6), the kernels are
+// plugins that only Python registers; build the engine without them: `sparsifiner-edge build --kernels portable`.
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
@@ -25,7 +27,7 @@
 
 namespace {
 
-constexpr size_t kPrinted = 16;
+constexpr size_t kPrinted = 16;  // Number of values to print of each output.
 
 class Logger : public nvinfer1::ILogger {
   void log(Severity severity, const char* message) noexcept override {
@@ -38,14 +40,14 @@ void require(cudaError_t status, const char* action) {
 }
 
 void require(bool done, const std::string& action) {
-  if (!done) throw std::runtime_error("TensorRT failed to " + action + "; its reason is above.");
+  if (!done) throw std::runtime_error("TensorRT failed to " + action + ". It printed the reason above.");
 }
 
-// A tensor on both sides. Page-locked, so that copies run on the stream.
+// Tensor in host and device memory. The host memory is page-locked, so that copies run asynchronously on the stream.
 struct Buffer {
   explicit Buffer(size_t size) : bytes(size) {
-    require(cudaMallocHost(&host, bytes), "take page-locked memory");
-    require(cudaMalloc(&device, bytes), "take memory of the GPU");
+    require(cudaMallocHost(&host, bytes), "allocate page-locked memory");
+    require(cudaMalloc(&device, bytes), "allocate GPU memory");
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -78,21 +80,21 @@ class Client {
  public:
   explicit Client(const std::string& file) {
     std::ifstream stream(file, std::ios::binary);
-    if (!stream) throw std::runtime_error("No engine at " + file);
+    if (!stream) throw std::runtime_error("Cannot read the engine " + file);
     const std::vector<char> content((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
     runtime_.reset(nvinfer1::createInferRuntime(logger_));
     require(runtime_ != nullptr, "start");
     engine_.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
-    require(engine_ != nullptr, "read " + file + " (of this machine's GPU and TensorRT?)");
+    require(engine_ != nullptr, "load " + file + " (was it built for this GPU and this version of TensorRT?)");
     context_.reset(engine_->createExecutionContext());
-    require(context_ != nullptr, "take the memory of the engine");
-    require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "make a stream");
+    require(context_ != nullptr, "allocate the memory of the engine");
+    require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "create a stream");
     for (int i = 0; i < engine_->getNbIOTensors(); ++i) {
       const char* name = engine_->getIOTensorName(i);
       if (engine_->getTensorIOMode(name) != nvinfer1::TensorIOMode::kINPUT) continue;
       nvinfer1::Dims shape = engine_->getTensorShape(name);
       for (int axis = 0; axis < shape.nbDims; ++axis) shape.d[axis] = std::max<int64_t>(shape.d[axis], 1);
-      require(context_->setInputShape(name, shape), "take one image");
+      require(context_->setInputShape(name, shape), "accept a batch of one image");
     }
     for (int i = 0; i < engine_->getNbIOTensors(); ++i) {
       const char* name = engine_->getIOTensorName(i);
@@ -101,23 +103,24 @@ class Client {
       for (int axis = 0; axis < shape.nbDims; ++axis) size *= static_cast<size_t>(shape.d[axis]);
       const bool input = engine_->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT;
       if (!input && engine_->getTensorDataType(name) != nvinfer1::DataType::kFLOAT) {
-        throw std::runtime_error(file + " gives " + name + ", which is not float32");
+        throw std::runtime_error(file + ": output " + name + " is not float32");
       }
       (input ? inputs_ : outputs_).push_back(name);
       buffers_.push_back(std::make_unique<Buffer>(size));
       (input ? read_ : written_).push_back(buffers_.back().get());
-      require(context_->setTensorAddress(name, buffers_.back()->device), std::string("take ") + name);
+      require(context_->setTensorAddress(name, buffers_.back()->device), std::string("bind ") + name);
     }
-    if (inputs_ != std::vector<std::string>{"image"}) throw std::runtime_error(file + " takes more than an image");
+    if (inputs_ != std::vector<std::string>{"image"}) throw std::runtime_error(file + " has other inputs than 'image'");
   }
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
   ~Client() { cudaStreamDestroy(stream_); }
 
-  // Where the next frame goes, and how long it is.
+  // Buffer for the next frame, and its size in bytes.
   void* frame() { return read_[0]->host; }
   size_t frame_bytes() const { return read_[0]->bytes; }
 
+  // Runs the engine on the frame in the buffer.
   void infer() {
     require(cudaMemcpyAsync(read_[0]->device, read_[0]->host, read_[0]->bytes, cudaMemcpyHostToDevice, stream_), "copy a frame");
     require(context_->enqueueV3(stream_), "run");
@@ -131,7 +134,7 @@ class Client {
     std::printf("{\"index\": %ld, \"ms\": %.3f", frame, ms);
     for (size_t i = 0; i < outputs_.size(); ++i) {
       std::printf(", \"%s\": [", outputs_[i].c_str());
-      const auto* data = static_cast<const float*>(written_[i]->host);  // As seen to above.
+      const auto* data = static_cast<const float*>(written_[i]->host);  // Float32, as checked by the constructor.
       for (size_t j = 0; j < std::min(kPrinted, written_[i]->bytes / sizeof(float)); ++j) {
         std::printf(j == 0 ? "" : ", ");
         std::isfinite(data[j]) ? std::printf("%.9g", data[j]) : std::printf("null");
@@ -139,7 +142,7 @@ class Client {
       std::printf("]");
     }
     std::printf("}\n");
-    if (std::fflush(stdout) != 0) throw std::runtime_error("The answers cannot be written");
+    if (std::fflush(stdout) != 0) throw std::runtime_error("Cannot write the results to standard output");
   }
 
  private:
@@ -159,7 +162,7 @@ int run(const std::string& file) {
     const size_t read = std::fread(client.frame(), 1, client.frame_bytes(), stdin);
     if (read != client.frame_bytes()) {
       if (read == 0 && frame > 0 && !std::ferror(stdin)) return 0;
-      std::fprintf(stderr, "frame %ld: %zu bytes, of %zu\n", frame, read, client.frame_bytes());
+      std::fprintf(stderr, "frame %ld: %zu bytes, expected %zu\n", frame, read, client.frame_bytes());
       return 2;
     }
     const auto start = std::chrono::steady_clock::now();

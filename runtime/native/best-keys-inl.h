@@ -1,4 +1,4 @@
-// The K best of a row of scores, without sorting; compiled once per instruction set.
+// Selection of the K highest scores of a row, without sorting. Compiled once per instruction set.
 
 #if defined(SPARSIFINER_BEST_KEYS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_BEST_KEYS_INL_H_
@@ -14,7 +14,7 @@ HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
 
-// Order-preserving map from floats (no NaN) to integers, and back.
+// Maps floats (except NaN) to integers of the same order, and back.
 HWY_INLINE int32_t Ordered(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -27,14 +27,15 @@ HWY_INLINE float Unordered(int32_t place) {
   return x;
 }
 
-// Stores the lanes of `mask`, side by side, and others after them; returns their number. In a register, not by a store
-// that compresses: that one is microcode on Zen 4.
+// Stores the lanes selected by `mask` contiguously, followed by unspecified lanes, and returns the number of selected
+// lanes. The lanes are compressed in a register, because a compressing store is microcoded and slow on Zen 4.
 template <class T, class M>
 HWY_INLINE size_t Compact(T d, hn::Vec<T> x, M mask, hn::TFromD<T>* HWY_RESTRICT to) {
   hn::StoreU(hn::Compress(x, mask), d, to);
   return hn::CountTrue(d, mask);
 }
 
+// Returns the number of entries in row[0, padded) that are greater than `pivot`.
 HWY_INLINE size_t CountAbove(const float* HWY_RESTRICT row, size_t padded, float pivot) {
   const D d;
   const V p = hn::Set(d, pivot);
@@ -43,8 +44,9 @@ HWY_INLINE size_t CountAbove(const float* HWY_RESTRICT row, size_t padded, float
   return count;
 }
 
-// The K-th largest of row[0, padded), of which `patches` are keys and lie in (low, high]; the others are NaN, which no
-// comparison takes. `guess` is any pivot; a good one saves passes. scratch: `padded` + 32 floats.
+// Returns the K-th largest entry (K is `keys`) of row[0, padded). `patches` of the entries are scores in (low, high];
+// the others may be NaN, for which every comparison is false. `guess` is the first pivot; a good one saves passes.
+// scratch: `padded` + 32 floats.
 HWY_INLINE float KthLargest(const float* HWY_RESTRICT row, size_t padded, size_t patches, size_t keys, float low,
                             float high, float guess, float* HWY_RESTRICT scratch) {
   // Invariant: at least `keys` entries lie above `low`, fewer above `high`.
@@ -64,7 +66,8 @@ HWY_INLINE float KthLargest(const float* HWY_RESTRICT row, size_t padded, size_t
       high = pivot;
       above_high = count;
     }
-    // Where scores spread evenly between the bounds, the next pivot hits; every third step halves, come what may.
+    // Interpolation finds the next pivot quickly if scores are evenly distributed between the bounds. Every third step
+    // bisects, which bounds the number of steps for any distribution.
     const float share = static_cast<float>(above_low - keys) / static_cast<float>(above_low - above_high);
     pivot = step % 3 == 2 ? low : low + share * (high - low);
   }
@@ -75,7 +78,7 @@ HWY_INLINE float KthLargest(const float* HWY_RESTRICT row, size_t padded, size_t
     few += Compact(d, x, hn::And(hn::Gt(x, after), hn::Le(x, until)), scratch + few);
   }
   for (size_t j = few; j < RoundUp(few, kLanes); ++j) scratch[j] = kLowest;
-  // Among these few, the one that `rank` - 1 exceed, or as many as equal it.
+  // Among the few entries left, find the one with rank `rank`, counting ties.
   const size_t rank = keys - above_high;
   for (size_t i = 0; i < few; ++i) {
     const V x = hn::Set(d, scratch[i]);
@@ -90,13 +93,14 @@ HWY_INLINE float KthLargest(const float* HWY_RESTRICT row, size_t padded, size_t
   return high;
 }
 
-// Indices of the `keys` largest of row[0, padded), ties to the lower index, ascending. list: `keys` entries.
-// scratch: `padded` + 32 floats.
+// Writes the ascending indices of the `keys` largest entries of row[0, padded) to `list`. Ties go to the lower index.
+// scratch: `padded` + 32 floats. Returns the threshold, the lowest selected score.
 HWY_INLINE float BestKeys(const float* HWY_RESTRICT row, size_t padded, size_t patches, size_t keys, float low,
                           float high, float guess, float* HWY_RESTRICT scratch, int32_t* HWY_RESTRICT list) {
   const D d;
   const hn::RebindToSigned<D> di;
-  // Scores of minus infinity lie above no bound: then all that are finite win, and the first others.
+  // Scores of minus infinity are not above `low`. If there are fewer other scores than `keys`, select all of them and
+  // the first scores of minus infinity.
   const size_t counted = low == kLowest ? CountAbove(row, padded, low) : patches;
   const float least = counted < keys ? kLowest : KthLargest(row, padded, counted, keys, low, high, guess, scratch);
   const V threshold = hn::Set(d, least);
@@ -107,7 +111,7 @@ HWY_INLINE float BestKeys(const float* HWY_RESTRICT row, size_t padded, size_t p
     count += Compact(di, hn::Iota(di, static_cast<int32_t>(j)), wins, winners + count);
   }
   if (count > keys) {
-    // More equal the threshold than there is room for: the last of them lose.
+    // Too many scores equal the threshold: drop the last ones.
     size_t losers = count - keys, remaining = count;
     for (size_t i = count; i-- > 0 && losers > 0;) {
       if (row[winners[i]] == least) {

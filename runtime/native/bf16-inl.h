@@ -1,13 +1,15 @@
-// Attention's arithmetic in bfloat16 (kernels-inl.h says what that is), for instruction sets that have its dot product.
+// Bfloat16 arithmetic of attention (see "Kinds of arithmetic" in kernels-inl.h), for instruction sets with a bfloat16
+// dot product.
 //
-// A word of 32 bits holds two bfloat16. One instruction multiplies a word's two with another word's two and adds both
-// products to a float32 sum, so that half as many are needed as in float32:
+// A 32-bit word holds two bfloat16 numbers. One instruction multiplies two pairs of them and adds both products to a
+// float32 sum, which halves the number of instructions compared with float32:
 //
 //   qt      [d/2][16]     words of two channels      keys    [rows][d/2]   words of two channels
 //   weights [rows/2][16]  words of two rows          values  [rows/2][d]   words of two rows
 //
-// Rounding is to nearest even. Where what is listed of a pool far outweighs the rest, and yet the rest attracts more, the
-// pool's rounded weight errs by as many times more: selection lists what attracts.
+// Rounding is to nearest even. The relative error of a background token's weight grows if the listed keys of its pool
+// far outnumber the others and the others have the higher logits. That is rare, since selection lists keys with high
+// scores.
 
 #if defined(SPARSIFINER_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_BF16_INL_H_
@@ -28,10 +30,10 @@ namespace HWY_NAMESPACE {
 using Words = hn::RebindToUnsigned<D>;
 using W = hn::Vec<Words>;
 
-// Words of a packed row: whole vectors.
+// Number of words in a packed row, rounded up to whole vectors.
 HWY_INLINE size_t PackedWords(size_t width) { return RoundUp(width, 2 * kLanes) / 2; }
 
-// Of a vector's halves: those of the lower and of the upper half in turn.
+// Table of lane indices that interleaves the 16-bit lanes of a vector's lower and upper half.
 struct InTurn {
   constexpr InTurn() {
     for (size_t i = 0; i < 2 * kLanes; ++i) from[i] = static_cast<uint16_t>(i / 2 + i % 2 * kLanes);
@@ -40,7 +42,7 @@ struct InTurn {
 };
 constexpr InTurn kInTurn;
 
-// Words of `low`, and of `high` in their upper halves.
+// Rounds two vectors and returns words with `low` in the lower and `high` in the upper half.
 HWY_INLINE W Pair(V low, V high) {
   const hn::Repartition<hwy::bfloat16_t, D> halves;
   const hn::Repartition<uint16_t, D> bits;
@@ -48,7 +50,7 @@ HWY_INLINE W Pair(V low, V high) {
   return hn::BitCast(Words(), hn::TableLookupLanes(both, hn::SetTableIndices(bits, kInTurn.from)));
 }
 
-// One row of `width` floats to a packed row of words of two channels, the rest zero.
+// Packs a row of `width` floats into words of two channels; missing channels are zero.
 HWY_INLINE void PackWords(const float* HWY_RESTRICT from, size_t width, size_t words, uint32_t* HWY_RESTRICT to) {
   const hn::Repartition<hwy::bfloat16_t, D> halves;
   const D d;
@@ -62,7 +64,7 @@ HWY_INLINE void PackWords(const float* HWY_RESTRICT from, size_t width, size_t w
   }
 }
 
-// sums [2 * words] += weight * what a packed row of `words` holds.
+// sums[2 * words] += weight * packed row of `words` words.
 HWY_INLINE void AddWords(const uint32_t* HWY_RESTRICT row, size_t words, float weight, float* HWY_RESTRICT sums) {
   const hn::Repartition<hwy::bfloat16_t, D> halves;
   const D d;
@@ -74,7 +76,7 @@ HWY_INLINE void AddWords(const uint32_t* HWY_RESTRICT row, size_t words, float w
   }
 }
 
-// As Floats.
+// Bfloat16 counterpart of Floats (kernels-inl.h).
 struct Halves {
   using Word = uint32_t;
   struct Session {};
@@ -120,7 +122,9 @@ struct Halves {
         {weights, values, count, stride, nullptr, sums, carry, nullptr, {sums, false}, kQueries, stride, stride});
   }
 
-  // What sparse-inl.h needs of those that round: values of two packed rows,
+  // The functions below are needed by sparse-inl.h for kinds that round.
+
+  // Interleaves the values of two packed rows.
   static HWY_INLINE void JoinValues(const uint32_t* HWY_RESTRICT low, const uint32_t* HWY_RESTRICT high, size_t words,
                                     uint32_t* HWY_RESTRICT to) {
     const hn::Repartition<uint16_t, D> bits;
@@ -131,7 +135,8 @@ struct Halves {
     }
   }
 
-  // words of two of [rows][16] floats, the last of an odd number alone,
+  // Packs pairs of rows of [rows][16] floats into words. If the number of rows is odd, the last one is paired with
+  // zeros.
   static void PairRows(const float* HWY_RESTRICT from, size_t rows, uint32_t* HWY_RESTRICT to) {
     const D d;
     for (size_t k = 0; k < rows; k += 2, from += 2 * kQueries, to += kQueries) {
@@ -142,15 +147,17 @@ struct Halves {
     }
   }
 
-  // and output[i] = factor[i] * sum over rows of words: [0, valid) rows of `width`, `out_stride` apart.
+  // Writes output[i] = factor[i] * (sum over rows of weights * values) for i in [0, valid): rows of `width` elements,
+  // `out_stride` apart.
   static void Sums(uint32_t* weights, uint32_t* values, size_t count, size_t stride, float* /*scratch [16][stride]*/,
                    const float* factor, size_t valid, size_t width, const Output& output, size_t out_stride) {
     Accumulate<Halves, false>(
         {weights, values, count, stride, nullptr, nullptr, nullptr, factor, output, valid, width, out_stride});
   }
 
-  // What a list takes out of a pool is the sum of its rounded keys' logits. So the pool's logit is that of the mean of
-  // rounded keys, to twice the precision: where little is left of a pool, any difference between both counts many times.
+  // Computes the mean of a pool's rounded keys, as a bfloat16 mean plus the `rest` that rounding removed from it. The
+  // logits of listed keys are subtracted from the pool's logit, so both must come from the same rounded keys; if few
+  // keys of a pool are left, any difference between the two is amplified.
   static void PoolMean(const uint32_t* rows, size_t words, const float* sizes, size_t count, size_t /*width*/,
                        float* sum, uint32_t* mean, uint32_t* rest) {
     float total = 0.0f;
@@ -172,20 +179,20 @@ struct Halves {
 #if HWY_TARGET == HWY_AVX3_ZEN4
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The same on matrix tiles (Intel AMX): 16 rows of 16 words each. The layouts above are what tiles want, except that of the
-// weights. One instruction adds what 512 multiplications of pairs give:
+// The same on matrix tiles (Intel AMX) of 16 rows of 16 words. Tiles use the layouts above, except that weights are
+// transposed. One instruction multiplies two tiles and adds the product to a third:
 //
 //   scores [16 keys][16 queries]      += keys    [16 keys][16 words]    * qt     [16 words][16 queries]
 //   sums   [16 queries][16 channels]  += weights [16 queries][16 words] * values [16 words][16 channels]
 //
-// Numbers too small to be normal count as 0 there. Sums of a word's lower and upper halves are kept apart until the end
-// of a row of words: results differ from the dot product's in their last bits.
+// AMX treats denormal numbers as 0, and adds the products of the lower and upper halves of words in two separate sums
+// until the end of a row. Results therefore differ from those of the dot product in the last bits.
 
 constexpr size_t kTileRows = 16;
 
 #if SPARSIFINER_EMULATE_AMX
 
-// The registers, for tests on machines that have none.
+// Emulated tile registers, for tests on machines without AMX.
 inline uint32_t (&Register(size_t t))[kTileRows][16] {
   static thread_local uint32_t registers[8][kTileRows][16];
   return registers[t];
@@ -223,7 +230,7 @@ inline void TileProduct(size_t c, size_t a, size_t b) {
 
 #else
 
-// Compilers' own functions for these take no note of what they read and write.
+// Inline assembly, because the compilers' intrinsics do not declare the memory and the tiles that they access.
 #define SPARSIFINER_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::: "memory")
 #define SPARSIFINER_TILE_LOAD(t, from, stride) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(size_t{stride}) : "memory")
@@ -231,8 +238,8 @@ inline void TileProduct(size_t c, size_t a, size_t b) {
   asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(size_t{stride}) : "memory")
 #define SPARSIFINER_TILE_PRODUCT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
 
-// While it lives, a thread's eight registers are whole tiles. Then they are configured as before: the caller, or what runs
-// on this thread next, may rely on it.
+// Configures the thread's eight registers as full tiles. The destructor restores the previous configuration, on which
+// other code on this thread may rely.
 class TileSession {
  public:
   TileSession() {
@@ -255,19 +262,20 @@ class TileSession {
     uint16_t row_bytes[16];
     uint8_t rows[16];
   };
-  static_assert(sizeof(Config) == 64, "as the instructions have it");
+  static_assert(sizeof(Config) == 64, "layout of the operand of ldtilecfg");
   Config before_;
 };
 
 #endif
 
-// [16][16] words, transposed where they are.
+// Transposes [16][16] words in place.
 HWY_INLINE void Turn(uint32_t* words) {
   const Words d;
   W from[16], to[16];
 #pragma GCC unroll 16
   for (size_t i = 0; i < 16; ++i) from[i] = hn::Load(d, words + i * 16);
-  // Row and column are a number of eight bits; each step moves its highest bit to the lowest place.
+  // The position of a word is an 8-bit number: 4 bits of row, 4 bits of column. Each step rotates it left by one bit,
+  // so four steps swap row and column.
 #pragma GCC unroll 4
   for (size_t step = 0; step < 4; ++step) {
 #pragma GCC unroll 8
@@ -282,8 +290,8 @@ HWY_INLINE void Turn(uint32_t* words) {
   for (size_t i = 0; i < 16; ++i) hn::Store(from[i], d, words + i * 16);
 }
 
-// sums[i][c] = sum over pairs of weights * values, and with kMore what is there already. What is beyond the last pair,
-// up to a multiple of 16, becomes zeros, and weights are transposed.
+// sums[i][c] = (sum over pairs of weights * values), plus the previous sums[i][c] if kMore. The inputs are modified:
+// rows after the last pair are set to zero up to a multiple of 16, and the weights are transposed.
 template <bool kMore>
 HWY_NOINLINE void TileSums(uint32_t* weights, uint32_t* values, size_t pairs, size_t stride, float* sums) {
   const size_t row = stride * sizeof(float), missing = RoundUp(pairs, kTileRows) - pairs;
@@ -310,7 +318,7 @@ HWY_NOINLINE void TileSums(uint32_t* weights, uint32_t* values, size_t pairs, si
   }
 }
 
-// As Halves.
+// Halves on matrix tiles.
 struct TiledHalves : Halves {
   using Session = TileSession;
 

@@ -1,4 +1,4 @@
-// What a call of a kernel runs on: the caller's threads, and memory that is kept for the next call.
+// Resources of a kernel call: the caller's threads, and working memory that is kept for later calls.
 
 #ifndef SPARSIFINER_CALL_H_
 #define SPARSIFINER_CALL_H_
@@ -15,17 +15,18 @@
 
 namespace sparsifiner {
 
-// Pieces of a loop: enough for uneven cores, few enough to cost nothing, a bit each.
+// Maximum number of pieces that a loop is split into. Enough pieces to balance cores of unequal speed, and few enough
+// to make scheduling cheap. CallMemory tracks free pieces in the bits of a 64-bit integer.
 constexpr size_t kPieces = 64;
 
-// Memory of one call. Not in thread-local variables: a thread's first touch of those allocates, and the C library ends
-// the process where that fails.
+// Memory of one call. It is not thread-local, because the first access to a thread-local variable allocates memory, and
+// the C library aborts the process if that fails.
 class CallMemory : public Allocated {
  public:
   Scratch& shared() { return shared_; }
 
-  // Memory for one piece, until it is returned; at most kPieces are borrowed at a time. The lowest first, so that a
-  // thread mostly gets what it just returned.
+  // Reserves the memory of one piece until Return; at most kPieces are reserved at a time. The lowest free one is
+  // taken, so that a thread usually gets the memory that it has just returned and that is still in its cache.
   size_t Borrow() {
     uint64_t free = free_.load(std::memory_order_relaxed);
     while (!free_.compare_exchange_weak(free, free & (free - 1), std::memory_order_acquire)) {
@@ -41,8 +42,8 @@ class CallMemory : public Allocated {
   std::atomic<uint64_t> free_{~uint64_t{0}};
 };
 
-// Memory of calls that are over, for the next: as much as the largest needed, as often as calls ran at a time, and only
-// as long as a holder exists.
+// Memory of finished calls, kept for later ones while a holder exists. There is one CallMemory per concurrent call,
+// each as large as the largest call needed.
 class IdleMemory {
  public:
   static void Hold(int more) {
@@ -72,7 +73,7 @@ class IdleMemory {
   static inline std::atomic<CallMemory*> slots_[16] = {};
 };
 
-// One call's threads and memory.
+// Threads and memory of one call.
 class Call {
  public:
   explicit Call(const sparsifiner_call& call) : call_(call), memory_(IdleMemory::Take()) {}
@@ -80,13 +81,14 @@ class Call {
   Call& operator=(const Call&) = delete;
   ~Call() {
     if (failed_) {
-      delete memory_;  // Others need the memory that it holds.
+      delete memory_;  // Release it: the process is short of memory.
     } else if (memory_ != nullptr) {
       IdleMemory::Keep(memory_);
     }
   }
 
-  // Memory for the whole call, once per call: take(&layout) runs twice, to measure and to allocate. False: out of memory.
+  // Allocates the memory that all pieces share, at most once per call. take(&layout) runs twice: to measure and to
+  // assign pointers. Returns false if memory runs out.
   template <class Take>
   bool Share(const Take& take) const {
     Layout measured(nullptr);
@@ -99,9 +101,9 @@ class Call {
     return true;
   }
 
-  // Runs fn(data, i, base) for i in [0, count), in any order and on any threads; returns when all are done. `base` are
-  // `bytes` of memory, aligned to a cache line, that fn has to itself until it returns; null for 0 bytes. False: there
-  // was not enough memory, and fn did not run for every i.
+  // Runs fn(data, i, base) for i in [0, count), in any order and on any threads, and returns when all are done. `base`
+  // points to `bytes` of memory, aligned to a cache line, for the exclusive use of fn until it returns; null for 0
+  // bytes. Returns false if memory ran out, in which case fn did not run for every i.
   bool For(size_t count, size_t bytes, void (*fn)(void*, size_t, void*), void* data) const {
     if (count == 0) return true;
     failed_ = failed_ || memory_ == nullptr;
@@ -113,7 +115,7 @@ class Call {
     } else {
       called = call_.parallel_for(call_.threads, loop.pieces, RunPiece, &loop) != 0;
     }
-    // Pieces are counted, since a runtime that runs out of memory may fail to report it.
+    // Completed pieces are counted, because a runtime that runs out of memory may not report it.
     failed_ = !called || loop.failed || loop.done != loop.pieces;
     return !failed_;
   }
@@ -124,11 +126,11 @@ class Call {
     size_t count, pieces, bytes;
     void (*fn)(void*, size_t, void*);
     void* data;
-    std::atomic<bool> failed;              // read for every i: apart from what is written often
-    alignas(64) std::atomic<size_t> done;  // pieces
+    std::atomic<bool> failed;              // read for every i, so on another cache line than `done`
+    alignas(64) std::atomic<size_t> done;  // completed pieces
   };
 
-  // An even share of the loop, in order, on one of the threads.
+  // Runs an even share of the loop, in order, on one thread.
   static void RunPiece(void* data, size_t piece) noexcept {
     Loop& loop = *static_cast<Loop*>(data);
     if (loop.failed.load(std::memory_order_relaxed)) return;

@@ -1,6 +1,7 @@
-// DenseAttention and CachedAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h): tiles of 16 queries share
-// chunks of packed keys and values; softmax is carried from chunk to chunk, so that no score matrix is larger than one
-// tile's of one chunk.
+// DenseAttention and CachedAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h).
+//
+// Tiles of 16 queries share chunks of packed keys and values. Softmax is updated from chunk to chunk (online softmax),
+// so the largest score matrix is that of one tile and one chunk.
 
 #if defined(SPARSIFINER_DENSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_DENSE_INL_H_
@@ -17,8 +18,8 @@ HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
 
-constexpr size_t kGroupTiles = 16;  // about as many share a chunk
-constexpr size_t kGroupKeys = 64;
+constexpr size_t kGroupTiles = 16;  // approximate number of query tiles that share a chunk of packed keys
+constexpr size_t kGroupKeys = 64;   // keys in a chunk
 
 struct GroupJob {
   Packed in;
@@ -26,10 +27,11 @@ struct GroupJob {
   Output output;
   const float* bias;        // [batch][tokens]: log2 of sizes, or null
   const float* cache_bias;  // [batch][cache.tokens]: log2 of counts
-  size_t groups, tiles;  // of a head; of a group, the last may have less
+  size_t groups;            // groups of tiles in a head
+  size_t tiles;             // tiles in a group; the last group may have fewer
 };
 
-// What a thread needs for one group.
+// Working memory for one group.
 template <class Word>
 struct GroupWork {
   float *turned, *scores, *sums, *highest, *totals, *wide;
@@ -53,10 +55,10 @@ HWY_INLINE size_t LayOut(const GroupJob& job, void* base, GroupWork<Word>* work)
   return layout.used();
 }
 
-// A row in float32, where it is not, in `wide`.
+// Returns a row as float32. A float16 row is converted into `wide`.
 HWY_INLINE const float* Widen(const float* row, size_t /*width*/, float* /*wide*/) { return row; }
 HWY_INLINE const float* Widen(const hwy::float16_t* row, size_t width, float* HWY_RESTRICT wide) {
-#if HWY_TARGET == HWY_SSE2  // Its vectors have no infinity and no NaN of float16.
+#if HWY_TARGET == HWY_SSE2  // SSE2 conversions of vectors do not handle infinity and NaN.
   for (size_t c = 0; c < width; ++c) wide[c] = hwy::F32FromF16(row[c]);
 #else
   const D d;
@@ -68,8 +70,8 @@ HWY_INLINE const float* Widen(const hwy::float16_t* row, size_t width, float* HW
   return wide;
 }
 
-// `count` keys and values, `row` elements apart; of an odd number the last value counts with a weight of 0 for the row that
-// is not there.
+// Packs `count` keys and values, which are `row` elements apart. If values are packed in pairs and their number is odd,
+// the last one fills the missing row, whose weight is 0.
 template <class Kind, class Element>
 HWY_INLINE void PackChunk(const Element* keys, const Element* values, size_t row, size_t width, size_t count,
                           const GroupWork<typename Kind::Word>& work) {
@@ -87,8 +89,8 @@ HWY_INLINE void PackChunk(const Element* keys, const Element* values, size_t row
   }
 }
 
-// Softmax is carried from chunk to chunk: logits become weights, which the kind keeps, and `carry` what the sums so far
-// count. biases: of each key, or null.
+// Updates the softmax with a chunk: converts its logits to weights, and sets `carry` to the factor of the sums so far.
+// biases: log2 of the size of each key, or null.
 template <class Kind>
 HWY_INLINE void WeighChunk(const float* biases, size_t count, const GroupWork<typename Kind::Word>& work,
                            float* HWY_RESTRICT highest, float* HWY_RESTRICT totals, float* HWY_RESTRICT carry) {
@@ -162,7 +164,8 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
     const auto* keys = all + first * 2 * channels + head % in.heads * in.width;
     attend(keys, keys + channels, 2 * channels, job.cache_bias + first, job.cache.tokens);
   };
-  // Own tokens first: all of the cache's first chunk may count as 0, and softmax starts with something.
+  // The image's own tokens come first: every count in the cache's first chunk may be 0, and the softmax must start with
+  // at least one finite logit.
   attend(in.Rows(head, 1), in.Rows(head, 2), in.Row(), job.bias == nullptr ? nullptr : job.bias + batch * in.tokens,
          in.tokens);
   if (job.cache.halves) {
@@ -183,7 +186,7 @@ template <class Kind>
 bool AttendDensely(const Packed& in, const Cache& cache, const Output& output, const Call& call) {
   if (in.batch == 0) return true;
   GroupJob job{in, cache, output, nullptr, nullptr, 0, 0};
-  // Groups of a head are alike: a small one would pack all keys too.
+  // Groups of a head have about the same size, because each of them packs all keys, even a small one.
   const size_t tiles = Groups(in.tokens, kQueries);
   const size_t least = std::max<size_t>(1, (tiles + kGroupTiles / 2) / kGroupTiles);
   job.tiles = Groups(tiles, least);

@@ -1,4 +1,4 @@
-// The C interface (sparsifiner.h): refuses what the operators' specification refuses, and calls the kernels.
+// C interface (sparsifiner.h): validates the arguments against the specification and calls the kernels.
 
 #include <algorithm>
 #include <cinttypes>
@@ -14,15 +14,15 @@
 namespace sparsifiner {
 namespace {
 
-constexpr int64_t kMost = int64_t{1} << 31;  // no size or attribute reaches this
+constexpr int64_t kMost = int64_t{1} << 31;  // exclusive upper bound of sizes and attributes
 
-// A call's answer. Checks may go on after a problem: the first is reported.
+// Validates a call and holds its status. Checks may continue after a failure: only the first one is reported.
 class Answer {
  public:
-  // asks: the call only queries whether it would be refused.
+  // asks: the call is a dry run, which validates and computes nothing.
   Answer(sparsifiner_call* call, bool asks) : call_(call), asks_(asks) {
     if (call->version != SPARSIFINER_VERSION) {
-      Tell(SPARSIFINER_WRONG_VERSION, "header of version %" PRId32 ", library of version %d", call->version,
+      Tell(SPARSIFINER_WRONG_VERSION, "the header has version %" PRId32 ", the library has version %d", call->version,
            SPARSIFINER_VERSION);
       return;
     }
@@ -35,7 +35,7 @@ class Answer {
   sparsifiner_status status() const { return status_; }
   bool well() const { return status_ == SPARSIFINER_OK; }
   bool computes() const { return well() && !asks_; }
-  // Of the precision that is asked for; null only where all is not well.
+  // Kernels of the requested precision; null only if the call was rejected.
   const Attention* attention() const { return attention_; }
 
   [[gnu::format(printf, 3, 4)]] void Require(bool met, const char* format, ...) {
@@ -47,13 +47,13 @@ class Answer {
     va_end(values);
   }
 
-  // The answer, if the kernel is `done`, or lacked memory.
+  // Returns the status after a kernel: `done` is false if it ran out of memory.
   sparsifiner_status Of(bool done) {
     if (!done) Tell(SPARSIFINER_OUT_OF_MEMORY, "out of memory");
     return status_;
   }
 
-  // The number as it is used: `least` where it is refused.
+  // Returns a checked integer, or `least` if it is rejected, so that later checks can continue.
   size_t Whole(const char* name, int64_t value, int64_t least) {
     const bool fits = value >= least && value < kMost;
     Require(fits, "%s is %" PRId64, name, value);
@@ -65,7 +65,7 @@ class Answer {
     return value;
   }
 
-  // An input has this many elements, and data unless the call only asks.
+  // Requires that a tensor has `wanted` elements and, unless this is a dry run, a data pointer.
   template <class Tensor>
   void Input(const char* name, const Tensor& tensor, size_t wanted) {
     Require(tensor.count >= 0 && static_cast<size_t>(tensor.count) == wanted, "%s has %" PRId64 " elements, not %zu", name,
@@ -73,7 +73,7 @@ class Answer {
     Require(asks_ || tensor.data != nullptr || wanted == 0, "%s is null", name);
   }
 
-  // roundable: whether it may be of bfloat16.
+  // roundable: the output may be bfloat16.
   void Output(const char* name, const sparsifiner_output& tensor, size_t wanted, bool roundable = false) {
     if (!asks_) Input(name, tensor, wanted);
     Require(tensor.rounded == 0 || (roundable && tensor.rounded == 1), "%s: rounded is %" PRId64, name, tensor.rounded);
@@ -92,7 +92,7 @@ class Answer {
   sparsifiner_status status_ = SPARSIFINER_OK;
 };
 
-// sized: whether its tokens have sizes.
+// Validates queries, keys and values. sized: they come with sizes of the tokens.
 Packed Checked(const sparsifiner_qkv& in, size_t prefix, Answer* answer, bool sized = true) {
   const Packed packed{in.qkv.data,
                       answer->Whole("batch", in.batch, 0),
@@ -110,7 +110,7 @@ Packed Checked(const sparsifiner_qkv& in, size_t prefix, Answer* answer, bool si
   return packed;
 }
 
-// The same where no token was merged: attention and selection take a shorter way without sizes.
+// Drops the sizes if all are 1, since attention and selection are faster without them.
 Packed Attended(Packed in) {
   const float* end = in.sizes + in.batch * in.tokens;
   if (std::all_of(in.sizes, end, [](float size) { return size == 1.0f; })) in.sizes = nullptr;
@@ -137,8 +137,8 @@ SparseSettings Checked(const sparsifiner_attend& options, Answer* answer) {
                           answer->Whole("key_pool", options.key_pool, 0), answer->Whole("keys", options.keys, 1)};
   const bool single = settings.tile == 1 && settings.key_pool == 0;
   answer->Require(settings.prefix_keys <= 1, "prefix_keys must be 0 or 1");
-  answer->Require(settings.prefix_keys == 1 || single, "prefix_keys 0 goes with tile 1 and key_pool 0");
-  if (settings.prefix_keys == 1) settings.prefix_keys = settings.prefix;  // from here on their number, no flag
+  answer->Require(settings.prefix_keys == 1 || single, "prefix_keys 0 requires tile 1 and key_pool 0");
+  if (settings.prefix_keys == 1) settings.prefix_keys = settings.prefix;  // from here on a number
   return settings;
 }
 
@@ -149,7 +149,7 @@ MatchSettings Checked(const sparsifiner_match& options, Answer* answer) {
   return settings;
 }
 
-// Elements of the lists that tiles have.
+// Returns the number of elements in the key lists of all tiles.
 template <class Settings>
 size_t Lists(const Packed& in, const Settings& settings) {
   const size_t tiles = Groups(in.tokens - settings.prefix, settings.tile);
@@ -169,7 +169,7 @@ int sparsifiner_has_bfloat16(void) { return FindAttention(SPARSIFINER_BFLOAT16) 
 
 void sparsifiner_hold_memory(int holds) { IdleMemory::Hold(holds); }
 
-// Each looks at the version before it reads a structure.
+// Each function checks the version before it reads a structure, whose layout depends on the version.
 
 sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifiner_qkv* qkv,
                                           const sparsifiner_select* options, sparsifiner_floats proj_q,
@@ -198,7 +198,7 @@ sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sp
   answer.Require(settings.keys <= in.tokens - settings.prefix_keys, "keys exceed the patches");
   answer.Require(settings.key_pool == 0 || Groups(in.tokens - settings.prefix, settings.key_pool) <= 65535,
                  "more than 65535 pools");
-  // Rows that are narrower than a vector grow where they are packed, and those of pools follow.
+  // Packing pads each row to whole vectors (up to 31 more channels). Rows of background tokens come after the others.
   answer.Require(Times(in.tokens, in.width + 31) <= UINT32_MAX, "%zu tokens are too many for 32-bit places", in.tokens);
   answer.Input("indices", indices, Lists(in, settings));
   answer.Output("output", output, in.batch * in.tokens * in.heads * in.width, /*roundable=*/true);

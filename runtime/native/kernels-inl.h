@@ -1,14 +1,14 @@
 // Building blocks of the kernels, compiled once per instruction set (Highway's foreach_target).
 //
-// Attention is computed for 16 queries at a time, one query per lane: a row of scores holds what 16 queries think of one
-// key, so softmax needs no reduction across lanes, and keys are read as they lie in memory:
+// Attention is computed for 16 queries at a time, one query per lane. A row of scores holds the scores of one key for
+// 16 queries, so softmax needs no reduction across lanes, and keys are read in memory order:
 //
 //   queries [16][d] --Transpose16--> qt [d][16]
 //   keys    [rows][d] (packed)  --Scores-->  scores [rows][16]      one broadcast of a key's channel per FMA
 //   scores  --Exp2-->  weights [rows][16]
 //   values  [rows][d] (packed)  --Accumulate-->  output [16][d]     weights broadcast, lanes are channels
 //
-// Logits are in units of log 2 throughout: scale * log2(e) is folded into the queries.
+// All logits are base-2 logarithms: scale * log2(e) is folded into the queries, and softmax uses 2^x.
 
 #if defined(SPARSIFINER_KERNELS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_KERNELS_INL_H_
@@ -35,7 +35,7 @@ namespace sparsifiner {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-constexpr size_t kQueries = 16;
+constexpr size_t kQueries = 16;  // queries that are computed together
 using D = hn::CappedTag<float, kQueries>;
 using V = hn::Vec<D>;
 constexpr size_t kLanes = hn::MaxLanes(D());
@@ -43,18 +43,19 @@ constexpr size_t kVectors = kQueries / kLanes;  // vectors that hold 16 queries
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
-// Keys that are scored, and queries and channel vectors that are accumulated, at a time: what fits the registers.
-constexpr size_t kKeyBlock = kLanes == 16 ? 16 : 4;
-constexpr size_t kPaddedRows = 16;  // room for the rows that a padded number exceeds the real one by
-constexpr size_t kQueryBlock = kLanes == 8 ? 4 : 8;
-constexpr size_t kChannelBlock = 2;
+// Block sizes of the inner loops, chosen to fit the vector registers.
+constexpr size_t kKeyBlock = kLanes == 16 ? 16 : 4;  // keys scored at a time
+constexpr size_t kQueryBlock = kLanes == 8 ? 4 : 8;  // queries accumulated at a time
+constexpr size_t kChannelBlock = 2;                  // vectors of channels accumulated at a time
+constexpr size_t kPaddedRows = 16;                   // extra rows in buffers, for rounded-up loops
 
 HWY_INLINE size_t RoundUp(size_t n, size_t step) { return Groups(n, step) * step; }
 
-// Channels of a packed row: whole channel blocks, so that no kernel needs a remainder loop.
+// Returns the number of floats in a packed row: whole vectors, so that no kernel needs a remainder loop.
 HWY_INLINE size_t PackedWidth(size_t width) { return RoundUp(width, kLanes); }
 
-// 2^x for x <= 0 (clamped at -126): relative error below 1e-7. Adding 1.5 * 2^23 rounds to an integer in the low bits.
+// Returns 2^x for x <= 0 (clamped at -126), with a relative error below 1e-7. Adding 1.5 * 2^23 rounds x to an integer
+// in the low bits.
 HWY_INLINE V Exp2(V x) {
   const D d;
   const hn::RebindToSigned<D> di;
@@ -71,7 +72,7 @@ HWY_INLINE V Exp2(V x) {
   return hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, shifted))));
 }
 
-// One vector of 4-channel blocks: lanes 4m..4m+3 hold row (4m + i)'s channels k..k+3.
+// Returns a vector of 4-channel blocks: lanes 4m..4m+3 hold channels k..k+3 of row 4m + i.
 template <size_t kBlocks>
 HWY_INLINE auto LoadBlocks(const float* const* rows, size_t i, size_t k) {
   const hn::CappedTag<float, 4 * kBlocks> d;
@@ -84,7 +85,7 @@ HWY_INLINE auto LoadBlocks(const float* const* rows, size_t i, size_t k) {
   }
 }
 
-// rows: 16 pointers to `width` floats each -> out [width][16], times `factor`.
+// Transposes 16 rows of `width` floats into out [width][16], multiplied by `factor`.
 HWY_INLINE void Transpose16(const float* const* rows, size_t width, float factor, float* HWY_RESTRICT out) {
   const D d;
   const V f = hn::Set(d, factor);
@@ -115,13 +116,14 @@ HWY_INLINE void Transpose16(const float* const* rows, size_t width, float factor
   }
 }
 
-// Pointers to up to 16 rows of queries; missing ones repeat the first, whose results are not stored.
+// Sets 16 pointers to rows of queries. Missing rows repeat the first one; their results are not stored.
 HWY_INLINE void QueryRows(const float* first, size_t row, size_t valid, const float** rows) {
   for (size_t i = 0; i < kQueries; ++i) rows[i] = first + (i < valid ? i : 0) * row;
 }
 
-// scores[j * out_stride + i] = keys[j] . query i for `kKeys` packed rows of `stride` words, of which `words` count. kFetch:
-// meanwhile the rows at base + ahead[j], that are gathered next, are brought into the first-level cache, a line at a time.
+// scores[j * out_stride + i] = keys[j] . query i for kKeys packed rows, `stride` words apart, of which the first
+// `words` are used. kFetch: meanwhile prefetch the rows at base + ahead[j], which are gathered next, one cache line at
+// a time.
 template <class Kind, size_t kKeys, bool kFetch = false, class Word = typename Kind::Word>
 HWY_INLINE void ScoreBlock(const Word* HWY_RESTRICT qt, const Word* HWY_RESTRICT keys, size_t stride, size_t words,
                            float* HWY_RESTRICT scores, size_t out_stride, const Word* base = nullptr,
@@ -153,8 +155,9 @@ HWY_INLINE void ScoreBlock(const Word* HWY_RESTRICT qt, const Word* HWY_RESTRICT
   }
 }
 
-// The same for any number of rows. A constant stride lets the compiler use displacements in place of pointers.
-// kPadded: rows up to the next multiple of 4 may be read, and scores written: single rows waste most of the registers.
+// ScoreBlock for any number of rows. A constant stride lets the compiler use address displacements instead of pointers.
+// kPadded: rows up to the next multiple of 4 may be read, and their scores written. This is faster, since a single row
+// leaves most registers unused.
 template <class Kind, size_t kStride, bool kPadded, class Word>
 HWY_INLINE void ScoreRows(const Word* HWY_RESTRICT qt, const Word* HWY_RESTRICT keys, size_t stride, size_t words,
                           size_t rows, float* HWY_RESTRICT scores, size_t out_stride) {
@@ -173,6 +176,7 @@ HWY_INLINE void ScoreRows(const Word* HWY_RESTRICT qt, const Word* HWY_RESTRICT 
   while (j < rows) block(std::integral_constant<size_t, 1>());
 }
 
+// ScoreRows with the common strides as constants.
 template <class Kind, bool kPadded, class Word = typename Kind::Word>
 HWY_NOINLINE void Scores(const Word* qt, const Word* keys, size_t stride, size_t words, size_t rows, float* scores,
                          size_t out_stride = kQueries) {
@@ -188,7 +192,7 @@ HWY_NOINLINE void Scores(const Word* qt, const Word* keys, size_t stride, size_t
   }
 }
 
-// The first `some` floats of a vector, or all, to an output.
+// Stores the first `some` floats of a vector (all if `some` is larger), rounded if the output is bfloat16.
 HWY_INLINE void Put(V numbers, size_t some, const Output& to) {
   const D d;
   const hn::Rebind<hwy::bfloat16_t, D> halves;
@@ -197,24 +201,24 @@ HWY_INLINE void Put(V numbers, size_t some, const Output& to) {
   some >= kLanes ? hn::StoreU(numbers, d, exact) : hn::StoreN(numbers, d, exact, some);
 }
 
-constexpr size_t kRowsAhead = 8;
+constexpr size_t kRowsAhead = 8;  // prefetch distance in rows
 
-// What 16 queries make of values: row i of the output, of `width` floats, is
-// factor[i] * (carry[i] * before[i] + sum over j of weights[j][i] * values[j]); no factor (null) counts as 1.
+// Weighted sum of values for 16 queries. Row i of the output, of `width` elements, is
+// factor[i] * (carry[i] * before[i] + sum over j of weights[j][i] * values[j]); a null factor counts as 1.
 template <class Word>
 struct Weighted {
   const Word* weights;  // [count][16]
-  const Word* values;   // [count][stride], or where `places` says
+  const Word* values;   // [count][stride], or rows at `places`
   size_t count, stride;
-  const uint32_t* places;       // [count + kRowsAhead]: words from `values` to each row, or null
+  const uint32_t* places;       // [count + kRowsAhead]: offset of each row from `values` in words, or null
   const float *before, *carry;  // [16][stride], [16]
   const float* factor;          // [16]
   Output output;
-  size_t valid, width, out_stride;  // rows and floats of them that are stored, and how far they lie apart
-  const Weighted* more = nullptr;   // adds its weights and values, which lie side by side
+  size_t valid, width, out_stride;  // rows stored, elements stored of each row, and distance between rows
+  const Weighted* more = nullptr;   // further weights and contiguous values, or null
 };
 
-// kBefore: else the sum starts at 0.
+// Computes kQueryBlock rows and kColumns vectors of channels. kBefore: start from carry * before, else from 0.
 template <class Kind, size_t kColumns, bool kBefore, class Word>
 HWY_INLINE void AccumulateBlock(const Weighted<Word> sums, size_t query, size_t channel) {
   const D d;
@@ -248,7 +252,7 @@ HWY_INLINE void AccumulateBlock(const Weighted<Word> sums, size_t query, size_t 
   const uint32_t* HWY_RESTRICT places = sums.places;
   if (places == nullptr) {
     for (size_t j = 0; j < count; ++j) add(weights + j * kQueries, values + j * stride);
-  } else if (query == 0) {  // the first to touch these rows
+  } else if (query == 0) {  // the first pass over these rows prefetches them
     for (size_t j = 0; j < count; ++j) {
       for (size_t c = 0; c < kColumns * kLanes; c += 16) hwy::Prefetch(values + places[j + kRowsAhead] + c);
       add(weights + j * kQueries, values + places[j]);
@@ -270,7 +274,7 @@ HWY_INLINE void AccumulateBlock(const Weighted<Word> sums, size_t query, size_t 
   }
 }
 
-// Every query and channel.
+// Computes all queries and channels.
 template <class Kind, bool kBefore, class Word = typename Kind::Word>
 HWY_NOINLINE void Accumulate(const Weighted<Word>& sums) {
   for (size_t query = 0; query < sums.valid; query += kQueryBlock) {
@@ -282,20 +286,20 @@ HWY_NOINLINE void Accumulate(const Weighted<Word>& sums) {
   }
 }
 
-// The first `some` floats of a vector, at least one; the rest is 0.
+// Loads the first `some` floats (at least one) of a vector; the rest is 0.
 HWY_INLINE V LoadSome(const float* from, size_t some) {
   const D d;
   return some < kLanes ? hn::LoadN(d, from, some) : hn::LoadU(d, from);
 }
 
-// Brings a row of `width` words into the first-level cache.
+// Prefetches a row of `width` words into the first-level cache.
 template <typename Word>
 HWY_INLINE void FetchRow(const Word* row, size_t width) {
   for (size_t c = 0; c < width; c += 64 / sizeof(Word)) hwy::Prefetch(row + c);
 }
 
-// Means over runs of `pool` rows of a head's keys or values: rows [patches] of `row` floats -> means [pools][stride].
-// sizes: how much each row counts, or null: all the same.
+// Computes the means of pools of `pool` consecutive rows of a head: rows [patches], `row` floats apart -> means
+// [pools][stride]. sizes: weight of each row, or null for equal weights.
 HWY_INLINE void PoolMeans(const float* rows, size_t row, const float* sizes, size_t patches, size_t pool, size_t width,
                           size_t stride, float* HWY_RESTRICT means) {
   const D d;
@@ -319,40 +323,41 @@ HWY_INLINE void PoolMeans(const float* rows, size_t row, const float* sizes, siz
   }
 }
 
-// What the sizes of tokens add to logits: log2 of each of `count`.
+// Computes log2 of the sizes of `count` tokens, which is added to their logits.
 HWY_INLINE void LogSizes(const float* sizes, size_t count, float* HWY_RESTRICT logs) {
   for (size_t i = 0; i < count; ++i) logs[i] = sizes[i] == 1.0f ? 0.0f : std::log2(sizes[i]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Kinds of arithmetic, the type parameter of all that is attention: float32 here, bfloat16 in bf16-inl.h. A kind packs
-// queries, keys, values and weights into words of four bytes. A word of a query or key holds kRows channels of a row, a word
-// of a value or weight as many rows:
+// Kinds of arithmetic: the template parameter `Kind` of all attention code, float32 here and bfloat16 in bf16-inl.h. A
+// kind packs queries, keys, values and weights into words of four bytes. A word of a query or key holds kRows channels
+// of one row; a word of a value or weight holds one channel of kRows rows:
 //
 //   qt      [words][16]            keys   [rows][words]
 //   weights [rows / kRows][16]     values [rows / kRows][stride]
 //
-// Packed rows are whole vectors, filled with zeros, so that no kernel needs a remainder loop. Sums, softmax and what is
-// left of the pools are float32.
+// Packed rows are padded with zeros to whole vectors, so that no kernel needs a remainder loop. Sums, softmax and the
+// logits of background tokens are float32.
 
 struct Floats {
   using Word = float;
-  struct Session {};  // what a thread holds meanwhile
+  struct Session {};  // state of a thread while it uses this kind; see TileSession
   static constexpr size_t kRows = 1;
-  static constexpr bool kRounds = false;  // those that round are packed always, and sparse-inl.h gathers them in tables
+  // True for kinds that round: their rows are always packed, and sparse-inl.h gathers them in tables.
+  static constexpr bool kRounds = false;
 
-  // sum + what a word's elements give times another's.
+  // Returns sum + the product of two words: the sum of the products of their elements.
   static HWY_INLINE V AddProduct(V a, V b, V sum) { return hn::MulAdd(a, b, sum); }
 
   static size_t RowWords(size_t width) { return PackedWidth(width); }
   static size_t Stride(size_t width) { return PackedWidth(width); }
 
-  // 16 queries, times `factor`. turned: scratch [width][16].
+  // Packs 16 queries, multiplied by `factor`. turned: scratch [width][16].
   static void PackQueries(const float* const* rows, size_t width, float factor, float* /*turned*/, float* qt) {
     Transpose16(rows, width, factor, qt);
   }
 
-  // A row of keys.
+  // Packs a row of keys.
   static void PackRow(const float* from, size_t width, float* to) {
     const D d;
     size_t c = 0;
@@ -360,32 +365,33 @@ struct Floats {
     if (c < width) hn::Store(hn::LoadN(d, from + c, width - c), d, to + c);
   }
 
-  // scores[j][16] of packed keys; rows up to the next multiple of 16 may be read, and scores written.
+  // Computes scores[j][16] of packed keys. Rows up to the next multiple of 16 may be read, and their scores written.
   static void Scores(const float* qt, const float* keys, size_t width, size_t rows, float* scores) {
     HWY_NAMESPACE::Scores<Floats, true>(qt, keys, PackedWidth(width), width, rows, scores);
   }
 
-  // A row of words of values, of kRows rows.
+  // Packs kRows rows of values into a row of words.
   static void PackValues(const float* low, const float* /*high*/, size_t width, float* to) { PackRow(low, width, to); }
 
-  // Weights of the rows j and j + 1 (or 0) that the queries from v on give; room for one more row is there.
+  // Stores the weights of rows j (a) and j + 1 (b, 0 if there is none) for the queries from v on. The buffer has room
+  // for one more row.
   static void KeepWeights(V a, V b, size_t j, size_t v, float* weights) {
     hn::Store(a, D(), weights + j * kQueries + v);
     hn::Store(b, D(), weights + (j + 1) * kQueries + v);
   }
 
-  // Where weights are put that scores [rows][16] become.
+  // Returns the buffer for the weights of `rows` rows; float32 weights replace the scores.
   static float* TakeWeights(Layout*, size_t /*rows*/, float* scores) { return scores; }
 
-  // sums[i] = carry[i] * sums[i] + sum over rows of words of weights * values. Both have room for 16 times whole rows, and
-  // are spoiled.
+  // sums[i] = carry[i] * sums[i] + (sum over rows of weights * values). The buffers of weights and values have room for
+  // a multiple of 16 rows, and their contents are unspecified afterwards.
   static void AddSums(float* weights, float* values, size_t count, size_t stride, const float* carry, float* sums) {
     Accumulate<Floats, true>(
         {weights, values, count, stride, nullptr, sums, carry, nullptr, {sums, false}, kQueries, stride, stride});
   }
 
-  // The mean of `count` rows, each of which counts as its size, or null: as one. scratch: [stride]. rest: what rounding
-  // takes from the mean; null where not needed.
+  // Computes the mean of `count` rows, weighted by size (null: equal weights). scratch: [stride]. rest: the part of the
+  // mean that rounding removes; null if not needed.
   static void PoolMean(const float* rows, size_t row, const float* sizes, size_t count, size_t width,
                        float* /*scratch*/, float* mean, float* /*rest*/) {
     PoolMeans(rows, row, sizes, count, count, width, Stride(width), mean);

@@ -1,8 +1,11 @@
-// MatchTokens and MergeTokens (ops/schema.py): which tokens are alike, and the mean of those that are.
+// MatchTokens and MergeTokens (ops/schema.py): pairs of similar tokens, and their means.
 //
-//   keys [N][H][d] --mean of the heads, over its length--> metric [P][d]
-//   even rows x odd rows within the window, sizes --> best partner of each even row --> best suitor of each odd one
-//   the odd rows whose suitor is closest --> pairs, in the curve's order
+//   keys [N][H][d] --mean over the heads, normalized--> metric [P][d]
+//   even rows x odd rows within the window, sizes --> best partner of each even row --> best suitor of each odd row
+//   the odd rows with the most similar suitors --> pairs, in token order
+//
+// In this file, an even row is a "seeker" and an odd row is "sought". A suitor is a seeker whose best partner is a
+// given odd row.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "merge.cc"
@@ -17,9 +20,9 @@ HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
 
-constexpr size_t kRows = 64;           // handled at a time
-constexpr float kNoPartner = -3e30f;   // less than how alike any two are
-constexpr float kBroken = -1e30f;      // how alike tokens are at least; what NaN counts as
+constexpr size_t kRows = 64;           // rows per work item
+constexpr float kNoPartner = -3e30f;   // below any similarity
+constexpr float kBroken = -1e30f;      // lowest similarity, which also replaces NaN
 constexpr int32_t kNobody = -1;
 
 struct MatchJob {
@@ -28,15 +31,15 @@ struct MatchJob {
   int32_t* pairs;
   size_t patches, seekers, sought, stride, blocks;
   float* metric;     // [batch][patches][stride]
-  float* best;       // [batch][seekers]: how alike the partner is
+  float* best;       // [batch][seekers]: similarity to the partner
   int32_t* partner;  // [batch][seekers]
-  float* score;      // [batch][sought]: how alike the suitor is that it takes
+  float* score;      // [batch][sought]: similarity to the accepted suitor
   int32_t* suitor;   // [batch][sought], or kNobody
   int32_t* order;    // [batch][sought]
-  int32_t* source;   // [batch][patches]: the seeker that joins this patch, itself, or kNobody where it goes
+  int32_t* source;   // [batch][patches]: merged seeker, the patch itself, or kNobody if it is merged away
 };
 
-// A block of the metric's rows.
+// Computes a block of rows of the metric.
 HWY_NOINLINE void MetricRows(void* data, size_t item, void*) {
   const MatchJob& job = *static_cast<const MatchJob*>(data);
   const Packed& in = job.in;
@@ -57,14 +60,14 @@ HWY_NOINLINE void MetricRows(void* data, size_t item, void*) {
     }
     const V length = hn::Set(d, std::sqrt(hn::ReduceSum(d, squares)));
     for (size_t c = 0; c < job.stride; c += kLanes) {
-      // What lies beyond the width stays 0, whatever the length is.
+      // Padding stays 0, even if the length is 0 or NaN.
       const auto real = hn::FirstN(d, std::min(kLanes, in.width - c));
       hn::Store(hn::IfThenElseZero(real, hn::Div(hn::Load(d, row + c), length)), d, row + c);
     }
   }
 }
 
-// A block of seekers: the best partner of each.
+// Finds the best partner of each seeker in a block.
 HWY_NOINLINE void Seek(void* data, size_t item, void*) {
   const MatchJob& job = *static_cast<const MatchJob*>(data);
   const D d;
@@ -81,7 +84,7 @@ HWY_NOINLINE void Seek(void* data, size_t item, void*) {
       for (size_t c = 0; c < job.stride; c += kLanes) sum = hn::MulAdd(hn::Load(d, a + c), hn::Load(d, b + c), sum);
       const float both = sizes[2 * e] * sizes[2 * j + 1] / (sizes[2 * e] + sizes[2 * j + 1]);
       const float alike = std::sqrt(both) * (hn::ReduceSum(d, sum) - 1.0f);
-      const float value = alike > kBroken ? alike : kBroken;  // NaN is not
+      const float value = alike > kBroken ? alike : kBroken;  // false for NaN
       if (value > best) {
         best = value;
         partner = static_cast<int32_t>(j);
@@ -92,7 +95,7 @@ HWY_NOINLINE void Seek(void* data, size_t item, void*) {
   }
 }
 
-// One image: who takes whom, and the pairs.
+// Assigns suitors to the odd patches of an image and writes its pairs.
 HWY_NOINLINE void Pair(void* data, size_t batch, void*) {
   const MatchJob& job = *static_cast<const MatchJob*>(data);
   const size_t merged = job.settings.merged, prefix = job.settings.prefix;
@@ -114,7 +117,7 @@ HWY_NOINLINE void Pair(void* data, size_t batch, void*) {
   }
   const auto closer = [score](int32_t a, int32_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; };
   std::nth_element(order, order + merged - 1, order + job.sought, closer);
-  std::sort(order, order + merged);  // by place: those without a suitor are served in this order
+  std::sort(order, order + merged);  // by index: patches without a suitor get one in this order
   for (size_t i = 0; i < job.patches; ++i) source[i] = static_cast<int32_t>(i);
   const auto join = [&](int32_t j, size_t e) {
     source[2 * j + 1] = static_cast<int32_t>(2 * e);
@@ -173,6 +176,7 @@ struct MergeJob {
   size_t blocks;
 };
 
+// Merges a block of pairs.
 HWY_NOINLINE void MergeRows(void* data, size_t item, void*) {
   const MergeJob& job = *static_cast<const MergeJob*>(data);
   const Merging& in = job.in;

@@ -1,5 +1,5 @@
-// The custom-op library that ONNX Runtime loads, on the C interface (sparsifiner.h): reads attributes and shapes, and
-// calls the operators on the session's own threads.
+// Custom-op library for ONNX Runtime, built on the C interface (sparsifiner.h). It reads attributes and shapes, and
+// runs the operators on the threads of the session.
 
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
@@ -19,7 +19,7 @@
 namespace sparsifiner {
 namespace {
 
-// A call of the C interface on the threads of a session.
+// Call of the C interface on the threads of a session.
 class SessionCall {
  public:
   SessionCall(OrtKernelContext* context, Problem* problem, int32_t precision) : context_(context), problem_(problem) {
@@ -31,8 +31,8 @@ class SessionCall {
   SessionCall(const SessionCall&) = delete;
   SessionCall& operator=(const SessionCall&) = delete;
 
-  // Runs an operator, run(call, output) -> status, into an output of this shape. Asks the interface first whether it will
-  // refuse, for outputs of sizes that make no sense cannot be had.
+  // Allocates an output of the given shape and runs an operator, run(call, output) -> status, that writes it. A dry run
+  // validates the arguments first, because an output of invalid size cannot be allocated.
   template <size_t kRank, typename Run>
   bool Fill(const Tensors& tensors, const int64_t (&axes)[kRank], Run run) {
     sparsifiner_output output{};
@@ -40,7 +40,7 @@ class SessionCall {
   }
 
  private:
-  // Whether the call did what it was to do.
+  // Returns true if the call succeeded; otherwise records the problem.
   bool Check(sparsifiner_status status) {
     if (status == SPARSIFINER_OK) return true;
     return status == SPARSIFINER_OUT_OF_MEMORY ? problem_->OutOfMemory() : problem_->Refuse("%s", call_.message);
@@ -57,6 +57,7 @@ class SessionCall {
   sparsifiner_call call_{};
 };
 
+// Kernel of one node of a graph.
 template <typename Kernel>
 struct Node : Allocated {
   Node(const char* operator_name, int32_t of_attention) : name(operator_name), precision(of_attention) {
@@ -69,7 +70,7 @@ struct Node : Allocated {
   OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
     Problem problem;
     SessionCall session(context, &problem, precision);
-    // Keeps an earlier problem; failing without one means that memory ran out.
+    // A failure without a recorded problem means that memory ran out. OutOfMemory keeps an earlier problem.
     if (!kernel.Compute(Tensors(context, &problem), &session)) problem.OutOfMemory();
     return problem.StatusOrThrow(name);
   }
@@ -79,9 +80,11 @@ struct Node : Allocated {
   int32_t precision;
 };
 
+// Operator, as ONNX Runtime sees it.
 template <typename Kernel>
 struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus=*/true> {
-  // last, second: types of these inputs; all others are floats. of_attention: what its products are computed in.
+  // last, second: types of the last and the second input; all others are float32. of_attention: precision of attention,
+  // a sparsifiner_precision.
   Operator(const char* operator_name, size_t input_count, ONNXTensorElementDataType last,
            ONNXTensorElementDataType output, int32_t of_attention,
            ONNXTensorElementDataType second = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
@@ -114,8 +117,8 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus
   int32_t precision;
 };
 
-// The operators with attention in one precision, as sessions refer to them: for as long as the library is loaded. Made
-// once, or again where it failed.
+// Custom-op domain with the operators in one precision of attention. Sessions refer to it as long as the library is
+// loaded. It is created at the first use; if that fails, the next use tries again.
 class Domain {
  public:
   explicit Domain(int32_t precision) : precision_(precision) {}
@@ -156,10 +159,11 @@ class Domain {
   std::atomic<OrtCustomOpDomain*> domain_{nullptr};
 };
 
-// What attention computes in: the session's configuration may say so under "sparsifiner.attention".
-constexpr const char* kPrecisions[] = {"float32", "bfloat16"};  // by sparsifiner_precision
+// Values of the session configuration entry "sparsifiner.attention", the precision of attention.
+constexpr const char* kPrecisions[] = {"float32", "bfloat16"};  // indexed by sparsifiner_precision
 static_assert(SPARSIFINER_FLOAT32 == 0 && SPARSIFINER_BFLOAT16 == 1);
 
+// Reads the precision of attention from the session options; float32 by default.
 bool AttentionPrecision(const OrtApi& api, const OrtSessionOptions* options, Problem* problem, int32_t* precision) {
   constexpr char kEntry[] = "sparsifiner.attention";
   int present = 0;
@@ -186,7 +190,7 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
   if (api == nullptr) {
     char message[200];
-    std::snprintf(message, sizeof(message), "the sparsifiner library needs ONNX Runtime 1.%d or newer, this is %s",
+    std::snprintf(message, sizeof(message), "the sparsifiner library needs ONNX Runtime 1.%d or newer, but this is %s",
                   ORT_API_VERSION, base->GetVersionString());
     return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message);
   }
@@ -198,7 +202,7 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
     OrtCustomOpDomain* domain = domains[precision].Get(&problem);
     if (domain == nullptr || !problem.Check(api->AddCustomOpDomain(options, domain))) problem.OutOfMemory();
   }
-  // Where there is no memory even for the message, the session lacks the operators of this library: it runs the
-  // function bodies in the file, or refuses the file.
+  // If there is no memory even for the message, the status is null, which means success, and the session has no native
+  // operators: it runs the function bodies in the file, or rejects the file.
   return problem.Status("library");
 }

@@ -1,9 +1,11 @@
-// The operators as nodes of OpenVINO's graphs, for Core::add_extension: the calls of the C interface (sparsifiner.h) on
-// OpenVINO's own threads. Other threads would have to wake up while OpenVINO's still look for work.
+// OpenVINO extension (for Core::add_extension) with the operators as graph nodes. They call the C interface
+// (sparsifiner.h) on OpenVINO's own threads: a second thread pool would have to wake up while OpenVINO's threads still
+// spin.
 //
-// What attention's products are computed in a node is told by an attribute that the process adds to the file once it is
-// read: `precision`, a sparsifiner_precision. Attention that is computed in bfloat16 gives bfloat16, as all around it does
-// then: float32 OpenVINO would round in a pass of its own, and before a layer of int8 turn its axes around and back.
+// The attribute `precision` of a node, a sparsifiner_precision, is the precision of the products in attention. The
+// process adds it to the model after reading the file. Attention in bfloat16 returns bfloat16, like the layers around
+// it in that mode: OpenVINO would round a float32 result in a separate pass, and transpose it back and forth before an
+// int8 layer.
 
 #include <cmath>
 #include <cstdarg>
@@ -23,9 +25,10 @@
 namespace sparsifiner {
 namespace {
 
+// Attributes of a node by name.
 using Values = std::vector<std::pair<std::string, double>>;
 
-// The first thing that went wrong.
+// First error of a call.
 class Problem {
  public:
   [[gnu::format(printf, 2, 3)]] bool Refuse(const char* format, ...) {
@@ -39,7 +42,7 @@ class Problem {
     return false;
   }
 
-  // Throws it, or what to say where there is none.
+  // Throws the error; without one, memory ran out.
   [[noreturn]] void Throw(const char* name) const {
     OPENVINO_THROW("sparsifiner::", name, ": ", text_.empty() ? "out of memory" : text_);
   }
@@ -48,7 +51,7 @@ class Problem {
   std::string text_;
 };
 
-// Attributes of a node in a file, which are kept to tell nodes apart.
+// Reads the attributes of a node. They are also recorded in `values`, by which OpenVINO distinguishes nodes.
 class Attributes {
  public:
   Attributes(const ov::frontend::NodeContext& node, Problem* problem, Values* values)
@@ -72,7 +75,7 @@ class Attributes {
   Values* values_;
 };
 
-// A call's inputs: their data, or null where only shapes are known.
+// Inputs of a call. Data is null if only shapes are known.
 class Tensors : public Packing<Tensors> {
  public:
   explicit Tensors(Problem* problem) : problem_(problem) {}
@@ -114,16 +117,17 @@ class Tensors : public Packing<Tensors> {
   Problem* problem_;
 };
 
+// A sparsifiner_parallel_for on OpenVINO's threads.
 int OnOpenVino(void*, size_t count, void (*run)(void*, size_t), void* data) {
   try {
     tbb::parallel_for(size_t{0}, count, [=](size_t i) { run(data, i); }, tbb::simple_partitioner());
     return 1;
-  } catch (...) {  // No memory for a task: an exception must not reach what calls this.
+  } catch (...) {  // No memory for a task. An exception must not reach the caller, which is C.
     return 0;
   }
 }
 
-// A call; of a node whose output is not there it only finds the output's shape.
+// Call of the C interface. Without an output (null), it only computes the shape of the output.
 class Session {
  public:
   Session(int64_t precision, Problem* problem, ov::Tensor* output) : problem_(problem), output_(output) {
@@ -159,10 +163,10 @@ class Session {
   sparsifiner_call call_{};
 };
 
-// Whole numbers, or float32; rounded: bfloat16 where it is computed in that.
+// Type of an output: kWhole is int32, kFloat is float32, and kRounded is bfloat16 if `precision` is, else float32.
 enum class Gives { kWhole, kFloat, kRounded };
 
-// Of a kernel: its operator's name, and what it gives.
+// Name of a kernel's operator, and type of its output.
 template <typename Kernel>
 struct About;
 template <>
@@ -196,6 +200,7 @@ struct About<MergeKernel> {
   static constexpr Gives kGives = Gives::kFloat;
 };
 
+// Graph node of a kernel.
 template <typename Kernel>
 class Node : public ov::op::Op {
  public:
@@ -207,7 +212,7 @@ class Node : public ov::op::Op {
     constructor_validate_and_infer_types();
   }
 
-  // A size that is open stays open: it follows what is put for it.
+  // Infers the shape with two different values for dynamic axes. Output axes that differ between the two are dynamic.
   void validate_and_infer_types() override {
     const ov::Shape some = Infer(64), others = Infer(128);
     ov::PartialShape shape = ov::PartialShape::dynamic(static_cast<int64_t>(some.size()));
@@ -238,11 +243,13 @@ class Node : public ov::op::Op {
     return true;
   }
 
+  // Returns true if the output is bfloat16.
   bool rounds() const { return kGives == Gives::kRounded && precision_ == SPARSIFINER_BFLOAT16; }
 
  private:
   static constexpr Gives kGives = About<Kernel>::kGives;
 
+  // Returns the shape of the output if dynamic axes have the size `open`.
   ov::Shape Infer(int64_t open) const {
     Problem problem;
     Tensors tensors(&problem);
@@ -263,6 +270,7 @@ class Node : public ov::op::Op {
   Values values_;
 };
 
+// Converts a node of an ONNX file. Consumers get float32 in any precision.
 template <typename Kernel>
 ov::OutputVector Convert(const ov::frontend::NodeContext& node) {
   Problem problem;

@@ -1,8 +1,10 @@
-// The operators as runtimes call them, whichever it is: what each reads of its attributes and tensors, what it refuses, and
-// which call of the C interface it is.
+// Operators for inference runtimes: each reads its attributes and tensors, checks their shapes, and makes a call of the
+// C interface. The code is the same for ONNX Runtime and OpenVINO.
 //
-// A runtime brings types of its own: `Attributes` with Whole and Number, `Tensors`, which is a `Packing`, with Input, IsHalf
-// and problem, and a `Session` whose Fill runs a call into an output of a shape.
+// A runtime supplies three types:
+//   - Attributes, with Whole (an integer attribute) and Number (a float attribute),
+//   - Tensors, derived from Packing, with Input, IsHalf and problem,
+//   - Session, with Fill, which allocates an output of a given shape and runs a call that writes it.
 
 #ifndef SPARSIFINER_OPERATORS_H_
 #define SPARSIFINER_OPERATORS_H_
@@ -16,14 +18,16 @@
 
 namespace sparsifiner {
 
-inline constexpr int64_t kMost = int64_t{1} << 31;  // no size of a tensor or attribute reaches this
+inline constexpr int64_t kMost = int64_t{1} << 31;  // exclusive upper bound of sizes and attributes
 
+// Shape of a tensor. Axes after the first kAxes are not stored.
 struct Shape {
   static constexpr size_t kAxes = 8;
   size_t rank = 0;
   int64_t axes[kAxes] = {};
 };
 
+// Text of a shape for error messages.
 struct Text {
   explicit Text(const Shape& shape) {
     size_t end = static_cast<size_t>(std::snprintf(text, sizeof(text), "["));
@@ -36,14 +40,14 @@ struct Text {
   char text[24 * Shape::kAxes];
 };
 
-// What calls' tensors have in common; Self is the runtime's class of them.
+// Base of the runtimes' `Tensors` classes (curiously recurring template: Self is the derived class).
 template <typename Self>
 class Packing {
  public:
-  // Packed queries, keys and values, of as many heads as `in` has, and the sizes of their tokens.
+  // Reads input 0 (queries, keys and values) and input 1 (sizes of the tokens); in->num_heads must be set.
   bool Pack(sparsifiner_qkv* in) const { return PackBare(in) && Sizes(1, in->batch, in->tokens, &in->sizes); }
 
-  // The same without sizes.
+  // Reads input 0 only.
   bool PackBare(sparsifiner_qkv* in) const {
     Shape shape;
     if (!self().Input(0, &shape, &in->qkv)) return false;
@@ -61,6 +65,7 @@ class Packing {
     return true;
   }
 
+  // Reads the sizes of the tokens.
   bool Sizes(size_t index, int64_t batch, int64_t tokens, sparsifiner_floats* sizes) const {
     Shape shape;
     if (!self().Input(index, &shape, sizes)) return false;
@@ -73,10 +78,11 @@ class Packing {
   const Self& self() const { return static_cast<const Self&>(*this); }
 };
 
+// Returns the number of query tiles.
 inline int64_t Tiles(const sparsifiner_qkv& in, int64_t prefix, int64_t tile) { return (in.tokens - prefix + tile - 1) / tile; }
 
-// A kernel reads its attributes once; Compute may run on several threads at a time. Both return false on
-// failure; any cause but lack of memory is recorded in the Problem.
+// Kernels of the operators. Read is called once; Compute may be called from several threads at a time. Both return
+// false on failure, and record the reason in the Problem unless memory ran out.
 struct DenseKernel {
   template <typename Attributes>
   bool Read(const Attributes& from) {
@@ -142,7 +148,7 @@ struct SparseKernel {
     if (!tensors.Pack(&in) || !tensors.Input(2, &shape, &indices)) return false;
     const Shape expected{3, {in.batch, in.num_heads, Tiles(in, settings.num_prefix, settings.tile)}};
     attend.keys = shape.rank == 4 ? shape.axes[3] : 0;
-    // Where no patch is left there is no shape to expect, and the interface says so.
+    // Without patches there is no expected shape; the C interface rejects that case.
     if (in.tokens > settings.num_prefix &&
         (attend.keys < 1 || !std::equal(expected.axes, expected.axes + 3, shape.axes))) {
       return problem->Refuse("indices must have shape %s and K, got %s", Text(expected).text, Text(shape).text);

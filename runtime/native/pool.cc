@@ -1,7 +1,8 @@
-// Threads of the library's own (sparsifiner.h), for callers that bring none: OpenVINO's Python operators, C and C++.
+// Thread pool of the library (sparsifiner.h), for callers without one of their own: OpenVINO's Python operators, C and
+// C++.
 //
-// The caller takes part. Workers look for work for a moment after each loop, since the next layer's is near, and sleep
-// then: the caller may have threads of its own that need the cores meanwhile.
+// The calling thread takes part in each loop. After a loop, workers spin for a moment, because the next layer's loop
+// usually follows soon. Then they sleep, because the caller's own threads may need the cores.
 
 #include <pthread.h>
 
@@ -18,7 +19,7 @@ namespace {
 
 using Run = void (*)(void* data, size_t i);
 
-constexpr int kLooks = 2000;  // some tens of microseconds
+constexpr int kLooks = 2000;  // iterations of spinning before a worker sleeps: some tens of microseconds
 
 inline void Pause() {
 #if defined(__x86_64__)
@@ -28,7 +29,7 @@ inline void Pause() {
 #endif
 }
 
-// A loop as its threads see it. Those that come late find no item left.
+// Loop shared by threads. A thread that enters late finds no items left.
 struct Loop {
   Run run;
   void* data;
@@ -50,7 +51,7 @@ class Lock {
 }  // namespace
 
 struct sparsifiner_pool : sparsifiner::Allocated {
-  // False: a thread could not be started.
+  // Starts the workers. Returns false if memory runs out or a thread cannot be started.
   bool Start(size_t threads) {
     if (threads <= 1) return true;
     workers_ = static_cast<pthread_t*>(std::calloc(threads - 1, sizeof(pthread_t)));
@@ -73,6 +74,7 @@ struct sparsifiner_pool : sparsifiner::Allocated {
     pthread_mutex_destroy(&mutex_);
   }
 
+  // Runs a loop, on the calling thread alone if the pool is in use.
   void For(size_t count, Run run, void* data) {
     bool idle = false;
     if (count < 2 || started_ == 0 || !taken_.compare_exchange_strong(idle, true)) {
@@ -89,9 +91,9 @@ struct sparsifiner_pool : sparsifiner::Allocated {
     RunItems(&loop);
     {
       const Lock lock(&mutex_);
-      loop_ = nullptr;  // no further worker enters it
+      loop_ = nullptr;  // no more workers can enter it
     }
-    while (inside_.load() != 0) Pause();  // items that workers took are being run
+    while (inside_.load() != 0) Pause();  // wait for the items that workers have taken
     taken_.store(false);
   }
 
@@ -110,7 +112,7 @@ struct sparsifiner_pool : sparsifiner::Allocated {
     return nullptr;
   }
 
-  // The next loop, entered; null at the end.
+  // Waits for the next loop and enters it. Returns null when the pool is destroyed.
   Loop* Next(uint64_t* last) {
     for (;;) {
       for (int look = 0; look < kLooks && numbered_.load() == *last && !ending_.load(); ++look) Pause();
@@ -132,10 +134,10 @@ struct sparsifiner_pool : sparsifiner::Allocated {
   pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER;
   pthread_t* workers_ = nullptr;
   size_t started_ = 0;
-  Loop* loop_ = nullptr;  // guarded by the mutex, as `asleep_`
+  Loop* loop_ = nullptr;  // guarded by the mutex, like asleep_
   size_t asleep_ = 0;
-  std::atomic<uint64_t> numbered_{0};  // loops so far
-  std::atomic<size_t> inside_{0};      // workers that run items
+  std::atomic<uint64_t> numbered_{0};  // number of loops so far
+  std::atomic<size_t> inside_{0};      // number of workers in the loop
   std::atomic<bool> taken_{false}, ending_{false};
 };
 

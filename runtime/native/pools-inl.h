@@ -1,4 +1,8 @@
-// What a tile of SparseAttention does with its list and with the background pools; compiled once per instruction set.
+// Softmax of SparseAttention over listed keys and background tokens. Compiled once per instruction set.
+//
+// A pool of `key_pool` consecutive patches has one background token. It represents the patches of the pool that a tile
+// did not list (the "rest" of the pool). Its logit and its value are derived from the means over the whole pool, from
+// which the listed keys are subtracted.
 
 #if defined(SPARSIFINER_POOLS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_POOLS_INL_H_
@@ -15,11 +19,12 @@ HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
 
-// Tokens of a list: prefix first, then the patches listed, clamped to those that exist.
+// Key list of a tile: the prefix tokens, followed by the listed patches, clamped to the valid range.
 struct List {
   const int32_t* patches;
   size_t prefix, count, limit;
 
+  // Returns the token at position j.
   HWY_INLINE size_t At(size_t j) const {
     if (j < prefix) return j;
     return prefix + std::min(static_cast<size_t>(static_cast<uint32_t>(patches[j - prefix])), limit - 1);
@@ -27,10 +32,10 @@ struct List {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// One query against many keys, lanes are channels: prefix tokens, and lists that belong to one query alone.
+// One query and many keys, lanes are channels. Used for prefix tokens, and if each query has its own list.
 
-// list: tokens to read, or null for all of [0, count). bias: log2 of the tokens' sizes, or null. weights: scratch [count],
-// logits first. output: `width` of its elements.
+// Computes the attention of one query. list: tokens to attend to, or null for all of [0, count). bias: log2 of the
+// sizes of the tokens, or null. weights: scratch [count]. Writes `width` elements of the output.
 inline HWY_NOINLINE void AttendOne(const float* HWY_RESTRICT query, const float* HWY_RESTRICT keys, const float* values,
                                    size_t row, const List* list, size_t count, float scale, size_t width,
                                    const float* HWY_RESTRICT bias, float* HWY_RESTRICT weights,
@@ -76,7 +81,7 @@ inline HWY_NOINLINE void AttendOne(const float* HWY_RESTRICT query, const float*
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tiles: 16 queries, one list.
+// Tiles: 16 queries that share a list.
 
 struct SparseJob {
   Packed in;
@@ -84,15 +89,16 @@ struct SparseJob {
   const int32_t* indices;
   Output output;
   size_t patches, tiles, pools;
-  size_t run, runs;    // patches packed together, a pool's where there are pools
-  size_t row;          // words between the rows that places count
-  float* logs;         // log2 of 0..pool; of 0: -inf
-  uint16_t* pool_of;   // [patches]
-  float* bias;         // [batch][tokens]: log2 of sizes; null, as are the next, where all tokens are single
-  float* pool_sizes;   // [batch][pools]: sums of sizes
+  size_t run;          // patches packed by one work item: a pool if there are pools
+  size_t runs;         // number of such runs
+  size_t row;          // distance between rows in words
+  float* logs;         // [key_pool + 1]: log2(n); -inf for n = 0
+  uint16_t* pool_of;   // [patches]: pool of each patch
+  float* bias;         // [batch][tokens]: log2 of sizes; null if all sizes are 1
+  float* pool_sizes;   // [batch][pools]: sum of the sizes in a pool; null if all sizes are 1
 };
 
-// What follows from sizes and settings alone.
+// Fills in the fields that follow from dimensions and settings.
 HWY_INLINE SparseJob Describe(const Packed& in, const int32_t* indices, const SparseSettings& settings,
                               const Output& output) {
   SparseJob job{};
@@ -109,7 +115,7 @@ HWY_INLINE SparseJob Describe(const Packed& in, const int32_t* indices, const Sp
   return job;
 }
 
-// Tables that all tiles read.
+// Allocates the tables that all tiles share.
 HWY_INLINE void TakeTables(Layout* layout, SparseJob* job) {
   job->logs = layout->Take<float>(job->settings.key_pool + 1);
   job->pool_of = layout->Take<uint16_t>(job->patches);
@@ -117,6 +123,7 @@ HWY_INLINE void TakeTables(Layout* layout, SparseJob* job) {
   job->pool_sizes = job->in.sizes == nullptr ? nullptr : layout->Take<float>(job->in.batch, job->pools);
 }
 
+// Fills the tables that all tiles share.
 HWY_INLINE void FillTables(const SparseJob& job) {
   const Packed& in = job.in;
   if (job.pools != 0) {
@@ -133,14 +140,16 @@ HWY_INLINE void FillTables(const SparseJob& job) {
   }
 }
 
-// What a tile's list leaves of each pool, as numbers of single tokens.
+// Sizes of each pool and of its rest, for the list of one tile. Without merged tokens, sizes are numbers of patches.
 struct Rest {
-  float *whole, *listed, *rest, *log_rest;  // [R]; rest is 0 where all are listed
-  float* sizes;                             // [K]: of the listed keys, where tokens are merged
+  float *whole, *listed;   // [pools]: size of all patches, and of the listed ones
+  float *rest, *log_rest;  // [pools]: size of the others and its log2; rest is 0 if all are listed
+  float* sizes;            // [K]: sizes of the listed keys; null if all sizes are 1
 };
 
-// Logits of the pools, less what was selected. selected: [count][16] logits of the listed keys; pools: [R][16], on entry
-// those of whole pools, on exit those of the rest, raised by the log of its number. sums: scratch [R][16].
+// Computes the logits of the background tokens. selected: [count][16], logits of the listed keys. pools: [pools][16],
+// on entry the logits of the mean keys of whole pools; on exit the logits of the mean keys of the rests, plus log2 of
+// the sizes of the rests. sums: scratch [pools][16].
 template <bool kSized>
 HWY_INLINE void RestOfPools(const SparseJob& job, const uint16_t* owner, size_t count, const float* selected,
                             const Rest& counts, float* HWY_RESTRICT sums, float* HWY_RESTRICT pools) {
@@ -151,7 +160,7 @@ HWY_INLINE void RestOfPools(const SparseJob& job, const uint16_t* owner, size_t 
       const V x = hn::Load(d, selected + j * kQueries + v);
       return kSized ? hn::Mul(hn::Set(d, counts.sizes[j]), x) : x;
     };
-    // Lists ascend, so that a pool's keys come in one run; any other order is right too, and slower.
+    // Lists are ascending, so the keys of a pool are consecutive. Any other order gives the same result, but slower.
     for (size_t j = 0; j < count;) {
       const size_t pool = owner[j];
       V sum = logit(j);
@@ -167,7 +176,7 @@ HWY_INLINE void RestOfPools(const SparseJob& job, const uint16_t* owner, size_t 
   }
 }
 
-// scores[j][16] += bias of the token at places[j], which are `row` floats apart.
+// scores[j][16] += bias of the token at places[j]. Tokens are `row` floats apart.
 HWY_INLINE void AddBias(const float* bias, const uint32_t* places, uint32_t row, size_t count,
                         float* HWY_RESTRICT scores) {
   const D d;
@@ -179,8 +188,8 @@ HWY_INLINE void AddBias(const float* bias, const uint32_t* places, uint32_t row,
   }
 }
 
-// Softmax of a tile over listed keys and pools. On entry logits, on exit weights: scores [count][16], pools [R][16];
-// shares [16]: what makes them sum to 1. sums: scratch [R][16].
+// Computes the softmax of a tile over listed keys and background tokens. scores [count][16] and pools [pools][16] are
+// logits on entry and weights on exit. shares [16]: factors that normalize the weights. sums: scratch [pools][16].
 template <bool kSized>
 HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* owner, const Rest& counts,
                             float* HWY_RESTRICT scores, float* HWY_RESTRICT pools, float* HWY_RESTRICT sums,
@@ -196,8 +205,8 @@ HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* 
       const float rest = counts.rest[r];
       const V weight = Exp2(hn::Sub(hn::Load(d, pools + r * kQueries + v), top));
       total = hn::Add(total, rest > 0 ? weight : hn::Zero(d));
-      // Each of the rest has this share. The pool's mean value stands for all its tokens, so those that were selected
-      // must give their share back.
+      // `share` is the weight of one patch of the rest. The weight of the pool's mean value covers all patches of the
+      // pool, so `weigh` subtracts the share from the listed ones.
       const V share = hn::Mul(weight, hn::Set(d, rest > 0 ? 1.0f / rest : 0.0f));
       hn::Store(share, d, sums + r * kQueries + v);
       hn::Store(hn::Mul(share, hn::Set(d, counts.whole[r])), d, pools + r * kQueries + v);
@@ -228,8 +237,8 @@ HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* 
   }
 }
 
-// Which pool each listed key lies in, and how many of each pool's keys are listed. number: [4][R], of which the first row
-// is the result: counting in turn spares each addition the wait for the one before.
+// Computes the pool of each listed key (owner) and the number of listed keys in each pool. number: [4][pools], of which
+// the first row is the result. Four counters per pool avoid waiting for the previous increment of the same counter.
 HWY_INLINE void CountListed(const SparseJob& job, const List& list, size_t count, uint16_t* HWY_RESTRICT owner,
                             uint32_t* HWY_RESTRICT number) {
   const uint32_t most = static_cast<uint32_t>(list.limit - 1);
@@ -243,10 +252,10 @@ HWY_INLINE void CountListed(const SparseJob& job, const List& list, size_t count
   }
 }
 
-// Entries after the last place, which blocks may fetch ahead.
+// Number of entries after the last place, for blocks that prefetch ahead.
 constexpr size_t kPlacesAhead = 32;
 
-// What a thread needs for a tile's list, its scores and its pools.
+// Working memory for the list, the scores and the pools of a tile.
 struct ListWork {
   float *scores, *sums;
   uint16_t* owner;
@@ -254,6 +263,7 @@ struct ListWork {
   Rest counts;
 };
 
+// Allocates the working memory of a tile.
 HWY_INLINE void TakeList(const SparseJob& job, Layout* layout, ListWork* work) {
   const size_t count = job.settings.prefix_keys + job.settings.keys;
   work->scores = layout->Take<float>(std::max((count + job.pools + kPaddedRows) * kQueries, job.in.tokens));
@@ -268,7 +278,7 @@ HWY_INLINE void TakeList(const SparseJob& job, Layout* layout, ListWork* work) {
   work->counts.sizes = job.bias == nullptr ? nullptr : layout->Take<float>(job.settings.keys);
 }
 
-// What is left of each pool, once its listed keys are counted.
+// Computes the size of the rest of each pool, after CountListed.
 HWY_INLINE void CountRest(const SparseJob& job, size_t batch, const List& list, const ListWork& work) {
   const Rest& counts = work.counts;
   for (size_t r = 0; r < job.pools; ++r) {
@@ -295,8 +305,8 @@ HWY_INLINE void CountRest(const SparseJob& job, size_t batch, const List& list, 
   }
 }
 
-// Where the rows of a list lie, and those of `pools` after all tokens, as words from the first token's row; which pools the
-// list's keys lie in.
+// Computes the offsets of the rows of a list, followed by those of `pools` background tokens, which come after all
+// tokens, in words from the first token's row. Also counts the listed keys of each pool.
 HWY_INLINE void PlaceList(const SparseJob& job, size_t batch, const List& list, size_t pools, const ListWork& work) {
   const uint32_t first = static_cast<uint32_t>(list.prefix), most = static_cast<uint32_t>(list.limit - 1);
   const uint32_t step = static_cast<uint32_t>(job.row);

@@ -1,6 +1,6 @@
-// Memory that is kept for the next call, and how it is dealt out. Nothing here throws: memory that cannot be had is a
-// null pointer, since an exception must not leave a function that ONNX Runtime's threads run, and throwing takes memory
-// itself.
+// Working memory that is kept for later calls, and its division into arrays. Nothing here throws; a failed allocation
+// returns null. An exception must not leave a function that runs on ONNX Runtime's threads, and throwing allocates
+// memory itself.
 
 #ifndef SPARSIFINER_SCRATCH_H_
 #define SPARSIFINER_SCRATCH_H_
@@ -14,7 +14,7 @@ namespace sparsifiner {
 
 static_assert(sizeof(size_t) == 8, "sizes are computed in 64 bits");
 
-// Product and sum, or all ones where they do not fit: more than any memory holds.
+// Product and sum, or SIZE_MAX on overflow, which no allocation can satisfy.
 inline size_t Times(size_t a, size_t b) {
   size_t product;
   return __builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product;
@@ -24,14 +24,14 @@ inline size_t Plus(size_t a, size_t b) {
   return __builtin_add_overflow(a, b, &sum) ? SIZE_MAX : sum;
 }
 
-// Objects whose `new (std::nothrow)` is null where memory ran out; the standard one throws inside.
+// Base of classes whose `new (std::nothrow)` returns null if memory runs out. The standard operator throws internally.
 struct Allocated {
   static void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
   static void operator delete(void* memory) noexcept { std::free(memory); }
   static void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
 };
 
-// Grows to the largest reservation, and is given back only as a whole.
+// Buffer that grows to the largest reservation and is freed by the destructor.
 class Scratch {
  public:
   Scratch() = default;
@@ -39,7 +39,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(memory_); }
 
-  // `bytes` (not 0) of memory, aligned to a cache line, or null; what it held before is lost.
+  // Returns `bytes` (at least 1) of memory, aligned to a cache line, or null. The previous contents are lost.
   void* Reserve(size_t bytes) {
     if (bytes > size_) {
       std::free(memory_);
@@ -57,12 +57,13 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Deals one reservation out to several arrays: first pass with a null base to measure, second to hand out.
+// Divides one reservation into several arrays. A first pass with a null base measures the size, a second one returns
+// pointers.
 class Layout {
  public:
   explicit Layout(void* base) : base_(static_cast<char*>(base)) {}
 
-  // An array of as many elements as the product of `sizes`.
+  // Returns an array with as many elements as the product of `sizes`.
   template <typename T, typename... Sizes>
   T* Take(Sizes... sizes) {
     T* start = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
@@ -72,6 +73,7 @@ class Layout {
     return start;
   }
 
+  // Returns the number of bytes taken so far.
   size_t used() const { return used_; }
 
  private:

@@ -1,10 +1,12 @@
-// KeySelect (ops/schema.py): low-rank pooled_query scores of all keys, then the K best of each tile.
+// KeySelect (ops/schema.py): low-rank scores of all keys for the pooled queries, then the K best keys of each tile.
 //
-//   keys   [P][d] --Transpose16, proj_k--> projected_k [P/16][c][16]     lanes are keys
-//   pooled_queries [G][d] (means of queries) --proj_q--> projected_q [G][c]
-//   projected_q x projected_k --> logits [16 pooled_queries][P] --> log-softmax, maximum of a tile's pooled_queries, value bonus
-//   --> scores [P]
-//   scores --BestKeys--> indices, ascending: the K-th value by narrowing a bracket, never a sort
+//   keys [P][d] --Transpose16, proj_k--> projected_k [P/16][c][16]       lanes are keys
+//   pooled queries [G][d] (means of queries) --proj_q--> projected_q [G][c]
+//   projected_q x projected_k --> logits [16 pooled queries][P]
+//   logits --log-softmax, maximum over the pooled queries of a tile, plus bonus--> scores [P]
+//   scores --BestKeys--> indices, ascending. The K-th score is found by narrowing a bracket, without sorting.
+//
+// The bonus of a key is value_power times the log of its value deviation.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "select.cc"
@@ -21,17 +23,18 @@ HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
 
-constexpr float kDeviationFloor = 1e-6f;
+constexpr float kDeviationFloor = 1e-6f;  // lower bound of the value deviation; see DEVIATION_FLOOR in ops/schema.py
 
 struct SelectJob {
   Packed in;
   SelectSettings settings;
   int32_t* indices;
   size_t patches, padded, pooled_queries, tiles, stride;
-  size_t pool_run, runs;  // keys whose bonus is found together, and how many such runs there are
-  size_t lane_blocks;   // of 16 channels of proj_q
+  size_t pool_run;      // keys whose bonus is computed together: a pool if there are pools
+  size_t runs;          // number of such runs
+  size_t lane_blocks;   // blocks of 16 channels of proj_q
   size_t projected_q_stride;
-  size_t rows;          // of logits
+  size_t rows;          // rows of logits
   float* proj_k;        // [heads][c][stride]: transposed
   float* proj_q;        // [heads][lane_blocks][d][16], with scale and log2(e)
   float* projected_k;   // [batch * heads][padded / 16][c][16]
@@ -40,6 +43,7 @@ struct SelectJob {
   const float *input_q, *input_k;
 };
 
+// Transposes proj_k and packs proj_q in blocks of 16 channels.
 void PackProjections(const SelectJob& job) {
   const size_t d = job.in.width, c = job.settings.channels;
   for (size_t h = 0; h < job.in.heads; ++h) {
@@ -55,12 +59,12 @@ void PackProjections(const SelectJob& job) {
   }
 }
 
-// Sizes of an image's tokens from `token` on, or null.
+// Returns the sizes of an image's tokens from `token` on, or null.
 HWY_INLINE const float* SizesOf(const Packed& in, size_t batch, size_t token) {
   return in.sizes == nullptr ? nullptr : in.sizes + batch * in.tokens + token;
 }
 
-// What a thread needs for a block of projected keys or a pool's bonus.
+// Working memory for a block of projected keys or the bonus of a pool.
 struct PrepareWork {
   float *turned, *mean, *squares;
 };
@@ -73,7 +77,8 @@ HWY_INLINE size_t LayOut(const SelectJob& job, void* base, PrepareWork* work) {
   return layout.used();
 }
 
-// One pool (or 64 keys where there are none): value_power * log2(distance of each value from the pool's mean value).
+// Computes the bonus of one pool (64 keys if there are no pools): value_power * log2(distance of each value from the
+// mean value of the pool).
 HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t pool, const PrepareWork& work) {
   const Packed& in = job.in;
   const D d;
@@ -104,13 +109,13 @@ HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t pool, cons
   const V floor = hn::Set(d, kDeviationFloor * kDeviationFloor);
   for (size_t i = 0; i < end - begin; i += kLanes) {
     const V square = hn::Load(d, squares + i);
-    // Max might turn NaN into the floor, so NaN is put back.
+    // Max may replace NaN with the floor, so NaN is restored.
     const V log = hn::Mul(hn::Log(d, hn::Max(square, floor)), hn::Set(d, 0.5f * kLog2e * job.settings.value_power));
     hn::StoreN(hn::IfThenElse(hn::IsNaN(square), square, log), d, bonus + begin + i, std::min(kLanes, end - begin - i));
   }
 }
 
-// 16 keys, projected.
+// Projects 16 keys.
 HWY_INLINE void ProjectKeys(const SelectJob& job, size_t batch_head, size_t block, const PrepareWork& work) {
   const Packed& in = job.in;
   const size_t begin = block * kQueries, valid = std::min(kQueries, job.patches - begin);
@@ -123,7 +128,7 @@ HWY_INLINE void ProjectKeys(const SelectJob& job, size_t batch_head, size_t bloc
                 job.projected_k + (batch_head * (job.padded / kQueries) + block) * c * kQueries);
 }
 
-// What all tiles of a head share: a block of projected keys, or a pool's bonus.
+// Prepares what all tiles of a head share: a block of projected keys, or the bonus of a pool.
 HWY_NOINLINE void PrepareItem(void* data, size_t item, void* base) {
   const SelectJob& job = *static_cast<const SelectJob*>(data);
   PrepareWork work;
@@ -137,9 +142,9 @@ HWY_NOINLINE void PrepareItem(void* data, size_t item, void* base) {
   }
 }
 
-constexpr size_t kPooledQueries = 16;
+constexpr size_t kPooledQueries = 16;  // pooled queries that are scored together
 
-// Mean queries of up to 16 pooled_queries from `pooled_query` on, projected: [16][projected_q_stride].
+// Computes and projects up to 16 pooled queries from `pooled_query` on: projected_q [16][projected_q_stride].
 HWY_INLINE void ProjectPooledQueries(const SelectJob& job, size_t batch_head, size_t pooled_query, size_t count,
                               float* HWY_RESTRICT means, float* HWY_RESTRICT wide,
                               float* HWY_RESTRICT projected_q) {
@@ -160,8 +165,8 @@ HWY_INLINE void ProjectPooledQueries(const SelectJob& job, size_t batch_head, si
   }
 }
 
-// logits[g][padded] of `count` pooled_queries, and the log2-sum-exp2 of each row.
-HWY_INLINE void ProbeLogits(const SelectJob& job, size_t batch_head, const float* projected_q, size_t count,
+// Computes logits[g][padded] of `count` pooled queries, and (if `normalise`) the log2-sum-exp2 of each row, else 0.
+HWY_INLINE void PooledLogits(const SelectJob& job, size_t batch_head, const float* projected_q, size_t count,
                             bool normalise, float* HWY_RESTRICT logits, float* HWY_RESTRICT log_sums) {
   const D d;
   const size_t c = job.settings.channels, blocks = job.padded / kQueries;
@@ -197,12 +202,14 @@ HWY_INLINE void ProbeLogits(const SelectJob& job, size_t batch_head, const float
   }
 }
 
+// Lowest and highest score of a row.
 struct Range {
   float low, high;
 };
 
-// best[j] = max(best[j] if `more`, logits of `count` pooled_queries less their sums), on the last call with the bonus: scores.
-// Entries that are no keys become NaN, NaN scores of keys -inf. Returns the scores' range.
+// Updates the scores of a tile with `count` pooled queries: best[j] is the maximum of their log-probabilities and, if
+// `more`, of the previous best[j]. The last call adds the bonus, replaces NaN scores with -inf and sets padding to NaN.
+// Returns the range of the scores, which is meaningful after the last call.
 HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float* logits, const float* log_sums,
                             size_t count, bool more, bool last, float* HWY_RESTRICT best) {
   const D d;
@@ -221,7 +228,7 @@ HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float
         low = hn::Min(low, x);
         high = hn::Max(high, x);
       } else {
-        // Counted, not compared: a float holds no odd number above 2^24.
+        // The mask is made from a count, not from indices in float32, which cannot represent odd numbers above 2^24.
         const auto real = hn::FirstN(d, job.patches > j ? job.patches - j : 0);
         low = hn::Min(low, hn::IfThenElse(real, x, low));
         high = hn::Max(high, hn::IfThenElse(real, x, high));
@@ -233,12 +240,12 @@ HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float
   return {hn::ReduceMin(d, low), hn::ReduceMax(d, high)};
 }
 
-// Tiles whose pooled_queries are scored together.
+// Returns the number of tiles whose pooled queries are scored together.
 HWY_INLINE size_t GroupTiles(const SelectSettings& s) {
   return std::max<size_t>(1, kPooledQueries / (s.tile / s.query_pool));
 }
 
-// What a thread needs for a group of tiles.
+// Working memory for a group of tiles.
 struct SelectWork {
   float *means, *wide, *projected_q, *logits, *best, *rest;
 };
@@ -254,6 +261,7 @@ HWY_INLINE size_t LayOut(const SelectJob& job, void* base, SelectWork* work) {
   return layout.used();
 }
 
+// Selects the keys of a group of tiles, or of one tile with more than kPooledQueries pooled queries.
 HWY_NOINLINE void SelectGroup(void* data, size_t item, void* base) {
   const SelectJob& job = *static_cast<const SelectJob*>(data);
   const SelectSettings& s = job.settings;
@@ -267,7 +275,7 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* base) {
   float log_sums[kPooledQueries];
   const size_t first = group * group_tiles, end = std::min(first + group_tiles, job.tiles);
   const auto choose = [&](size_t tile, Range range, float guess) {
-    // `low` must lie below every score that counts: the float before the lowest.
+    // `low` must be below every score, so take the next float below the lowest one.
     const float low = range.low == kLowest ? kLowest : Unordered(Ordered(range.low) - 1);
     return BestKeys(best, job.padded, job.patches, s.keys, low, range.high, guess, work.rest,
                     job.indices + (batch_head * job.tiles + tile) * s.keys);
@@ -276,7 +284,7 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* base) {
   if (per_tile <= kPooledQueries) {
     const size_t pooled_query = first * per_tile, count = std::min(end * per_tile, job.pooled_queries) - pooled_query;
     ProjectPooledQueries(job, batch_head, pooled_query, count, means, wide, projected_q);
-    ProbeLogits(job, batch_head, projected_q, count, per_tile > 1, logits, log_sums);
+    PooledLogits(job, batch_head, projected_q, count, per_tile > 1, logits, log_sums);
     for (size_t tile = first; tile < end; ++tile) {
       const size_t from = (tile - first) * per_tile, some = std::min(per_tile, count - from);
       const Range range =
@@ -290,7 +298,7 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* base) {
   for (size_t pooled_query = first * per_tile; pooled_query < pooled_end; pooled_query += kPooledQueries) {
     const size_t count = std::min(kPooledQueries, pooled_end - pooled_query);
     ProjectPooledQueries(job, batch_head, pooled_query, count, means, wide, projected_q);
-    ProbeLogits(job, batch_head, projected_q, count, true, logits, log_sums);
+    PooledLogits(job, batch_head, projected_q, count, true, logits, log_sums);
     range = TileScores(job, batch_head, logits, log_sums, count, pooled_query != first * per_tile,
                        pooled_query + kPooledQueries >= pooled_end, best);
   }

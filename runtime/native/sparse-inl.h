@@ -1,6 +1,8 @@
-// SparseAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h): each tile of queries attends to the prefix, to
-// its listed keys, and to background pools (pools-inl.h) that stand for what it did not list. All that a tile reads are
-// rows of one table. Rows of prefix tokens, and lists of one query, are float32.
+// SparseAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h).
+//
+// Each tile of queries attends to the prefix tokens, to its listed keys, and to background tokens (pools-inl.h), which
+// represent the patches that it did not list. All keys and values of a tile are rows of one table. Prefix queries, and
+// queries with a list of their own, are computed in float32.
 
 #if defined(SPARSIFINER_SPARSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_SPARSE_INL_H_
@@ -18,26 +20,29 @@ HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
 
-// Tokens from which a head's keys and values are packed first. In qkv its rows lie far apart, most of them on pages of
-// their own, and every tile reads its list anew; a short image is read through before packing would pay.
+// Number of tokens from which the keys and values of each head are packed first. In qkv, the rows of a head are far
+// apart, most of them on different memory pages, and every tile reads the rows of its list again. For fewer tokens,
+// packing takes longer than it saves.
 constexpr size_t kPackFrom = 2048;
 
 template <class Word>
 struct TableJob : SparseJob {
-  size_t words;           // of a packed row
-  size_t packed, rows;    // of a head's rows: its tokens, or 0: floats that are read where they are; then its pools' means
+  size_t words;           // words in a packed row
+  size_t packed;          // packed tokens of a head; 0: float32 rows are read from qkv
+  size_t rows;            // rows of a head: the packed tokens, followed by the means of the pools
   Word *keys, *values;    // [batch * heads][rows][words]
-  Word* rests;            // [batch * heads][pools][words]: what rounding takes from the means of keys
+  Word* rests;            // [batch * heads][pools][words]: part of the mean keys that rounding removes
 };
 
-// What a thread needs for one tile.
+// Working memory for one tile.
 template <class Word>
 struct TableWork : ListWork {
   float *turned, *rests, *summed;
-  Word *qt, *keys, *values, *weights;  // floats: keys of a block, no values
+  Word *qt, *keys, *values, *weights;  // float32: keys of one block, and no values
 };
 
-// Values weighed at a time where they are read: they stay in the first-level cache for all passes over them.
+// Number of values that are accumulated at a time when they are not gathered. They fit the first-level cache, so that
+// all passes over them are fast.
 constexpr size_t kChunk = 64;
 
 template <class Kind, class Word = typename Kind::Word>
@@ -55,7 +60,7 @@ HWY_INLINE size_t LayOut(const TableJob<Word>& job, void* base, TableWork<Word>*
   return layout.used();
 }
 
-// A head's tokens, `job.row` words apart; part: keys (1) or values (2).
+// Returns the keys (part 1) or values (part 2) of a head. Tokens are job.row words apart.
 template <class Word>
 HWY_INLINE const Word* TokensOf(const TableJob<Word>& job, size_t head, size_t part) {
   if constexpr (std::is_same_v<Word, float>) {
@@ -64,7 +69,8 @@ HWY_INLINE const Word* TokensOf(const TableJob<Word>& job, size_t head, size_t p
   return (part == 1 ? job.keys : job.values) + head * job.rows * job.words;
 }
 
-// One run of a head's keys or values: packed where that pays, and their mean where there are pools. base: [stride].
+// Prepares one run of a head's keys or values: packs them if job.packed, and computes their mean if there are pools.
+// base: scratch [stride].
 template <class Kind, class Word = typename Kind::Word>
 HWY_NOINLINE void PrepareRun(void* data, size_t item, void* base) {
   const auto& job = *static_cast<const TableJob<Word>*>(data);
@@ -84,8 +90,8 @@ HWY_NOINLINE void PrepareRun(void* data, size_t item, void* base) {
                  static_cast<float*>(base), rows + (job.packed + run) * job.words, rest);
 }
 
-// The rows of a list, then the pools: keys as they are, values of kRows together; of an odd number the last counts with a
-// weight of 0 for the row that is not there.
+// Gathers the rows of a list, followed by the background tokens. Keys are copied, values are joined in groups of kRows.
+// If the number of rows is odd, the last one fills the missing row, whose weight is 0.
 template <class Kind, class Word = typename Kind::Word>
 HWY_INLINE void GatherTable(const TableJob<Word>& job, size_t head, size_t rows, const TableWork<Word>& work) {
   const Word *keys = TokensOf(job, head, 1), *values = TokensOf(job, head, 2);
@@ -105,7 +111,8 @@ HWY_INLINE void GatherTable(const TableJob<Word>& job, size_t head, size_t rows,
   }
 }
 
-// Logits of a gathered table: work.scores [rows][16], of which `pools` are the last.
+// Computes the logits of a gathered table, work.scores [rows][16]. `pools` points to the last rows, those of the
+// background tokens.
 template <class Kind, class Word = typename Kind::Word>
 HWY_INLINE void ScoreTable(const TableJob<Word>& job, size_t head, size_t rows, const TableWork<Word>& work,
                            float* HWY_RESTRICT pools) {
@@ -117,7 +124,8 @@ HWY_INLINE void ScoreTable(const TableJob<Word>& job, size_t head, size_t rows, 
   }
 }
 
-// The same of floats where they are: a block of the list is gathered at a time, while the next is fetched.
+// ScoreTable for float32 rows that are not gathered in advance: gathers one block of the list at a time while the next
+// one is prefetched.
 HWY_INLINE void ScoreFloats(const TableJob<float>& job, size_t head, size_t count, const TableWork<float>& work,
                             float* pools) {
   const float *keys = TokensOf(job, head, 1), *means = job.keys + (head * job.rows + job.packed) * job.words;
@@ -139,7 +147,8 @@ HWY_INLINE void ScoreFloats(const TableJob<float>& job, size_t head, size_t coun
   if (job.pools != 0) Scores<Floats, true>(work.qt, means, stride, width, job.pools, pools);
 }
 
-// output = factor * weights x values of the list and of the pools, a chunk of the list at a time.
+// Computes output = factor * (weights x values) over the list and the background tokens, one chunk of the list at a
+// time.
 HWY_INLINE void SumFloats(const TableJob<float>& job, size_t head, size_t count, const TableWork<float>& work,
                           const float* factor, size_t valid, const Output& output) {
   const size_t width = job.in.width, stride = job.words, chunk = Groups(count, Groups(count, kChunk));
@@ -159,7 +168,8 @@ HWY_INLINE void SumFloats(const TableJob<float>& job, size_t head, size_t count,
   }
 }
 
-// At most 16 queries [begin, begin + valid) of a tile, whose rows are placed and, for a table, gathered.
+// Computes the attention of up to 16 queries [begin, begin + valid) of a tile, after PlaceList and, if Kind rounds,
+// GatherTable.
 template <class Kind, bool kSized, class Word = typename Kind::Word>
 HWY_NOINLINE void AttendTile(const TableJob<Word>& job, size_t head, size_t begin, size_t valid,
                              const TableWork<Word>& work) {
@@ -193,7 +203,7 @@ HWY_NOINLINE void AttendTile(const TableJob<Word>& job, size_t head, size_t begi
   }
 }
 
-// One unit of a head: a prefix token's row, a token with a list of its own, or a tile.
+// Computes one unit of a head: a prefix token, a patch with a list of its own, or a tile.
 template <class Kind, class Word = typename Kind::Word>
 HWY_NOINLINE void SparseItem(void* data, size_t item, void* base) {
   const auto& job = *static_cast<const TableJob<Word>*>(data);

@@ -21,8 +21,8 @@
  * tokens of an image (class, register and distillation tokens) are not patches.
  *
  * Safety:
- *   - Each tensor is passed with its number of elements. A call returns SPARSIFINER_INVALID_ARGUMENT if that number does
- *     not match the sizes.
+ *   - Each tensor is passed with its number of elements. A call returns SPARSIFINER_INVALID_ARGUMENT if that number
+ *     does not match the sizes.
  *   - Indices outside of a tensor are clamped to its range, so that no index makes a call access other memory.
  *   - No function throws an exception or prints.
  *   - Any number of threads may call at the same time, each with a sparsifiner_call of its own.
@@ -81,9 +81,9 @@ SPARSIFINER_EXPORT sparsifiner_pool* sparsifiner_pool_create(size_t threads);
 /* Stops the threads of a pool and releases it. No call may be using the pool. Null is allowed and does nothing. */
 SPARSIFINER_EXPORT void sparsifiner_pool_destroy(sparsifiner_pool* pool);
 
-/* Runs a loop on a pool. Pass it as sparsifiner_call.parallel_for, with the sparsifiner_pool as sparsifiner_call.threads.
- * If several calls use a pool at the same time, one of them gets its threads and the others run on their calling
- * thread. Always returns 1. */
+/* Runs a loop on a pool. Pass this function as sparsifiner_call.parallel_for and the sparsifiner_pool as
+ * sparsifiner_call.threads. If several calls use a pool at the same time, one of them gets its threads and the others
+ * run on their calling thread. Always returns 1. */
 SPARSIFINER_EXPORT int sparsifiner_pool_for(void* pool, size_t count, void (*run)(void* data, size_t i), void* data);
 
 /* Adds `holds` (+1 or -1) to the number of holders of the library's working memory. While there is at least one holder,
@@ -95,8 +95,8 @@ SPARSIFINER_EXPORT void sparsifiner_hold_memory(int holds);
 /* Precision of the products in dense, sparse and cached attention. */
 enum {
   SPARSIFINER_FLOAT32 = 0,
-  /* Queries, keys, values and attention weights are rounded to bfloat16. Sums and softmax stay float32, as do, in sparse
-   * attention, the rows of prefix tokens and all rows if tile is 1 and key_pool is 0. KeySelect, MatchTokens and
+  /* Queries, keys, values and attention weights are rounded to bfloat16. Sums and softmax stay float32. In sparse
+   * attention, so do the rows of prefix tokens, and all rows if tile is 1 and key_pool is 0. KeySelect, MatchTokens and
    * MergeTokens always compute in float32. */
   SPARSIFINER_BFLOAT16 = 1
 };
@@ -130,8 +130,8 @@ typedef struct sparsifiner_ints {
 /* Output, allocated by the caller. The elements are int32 for indices and pairs, and else float32, or bfloat16 if
  * `rounded` is 1.
  *
- * If data is null, the call is a dry run: it validates the settings, the sizes and the element counts of the inputs, and
- * returns without reading a tensor. */
+ * If data is null, the call is a dry run: it validates the settings, the sizes and the element counts of the inputs,
+ * and returns without reading a tensor. */
 typedef struct sparsifiner_output {
   void* data;
   int64_t count;   /* number of elements; ignored in a dry run */
@@ -147,7 +147,7 @@ typedef struct sparsifiner_qkv {
   int64_t tokens;           /* N */
   int64_t num_heads;        /* H */
   int64_t width;            /* d */
-  float scale;              /* scale of the logits, normally 1 / sqrt(d); ignored by MatchTokens */
+  float scale;              /* scale of the logits, normally 1 / sqrt(d); unused by MatchTokens */
 } sparsifiner_qkv;
 
 /* Attributes of KeySelect. */

@@ -21,7 +21,8 @@ namespace {
 #if HWY_ARCH_X86 && SPARSIFINER_EMULATE_AMX
 bool HasTiles() { return true; }
 #elif HWY_ARCH_X86
-// Linux gives a process the state of tiles, eight kilobytes a thread, once it asks.
+// Returns true if the processor has AMX with bfloat16 and Linux permits its use. Linux allocates the state of the
+// tiles, 8 KB per thread, only to processes that request permission.
 bool HasTiles() {
   constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
@@ -33,7 +34,8 @@ bool HasTiles() {
 
 const char* Name(int64_t target) { return target == kAmx ? "AMX" : hwy::TargetName(target); }
 
-// Those that the kernels are built for and this machine and its system have: the compiler's own floor at least.
+// Returns the instruction sets that the kernels are built for and that the machine and its operating system support.
+// The compiler's baseline is always included.
 int64_t Supported() {
   int64_t targets = HWY_STATIC_TARGET;
 #if HWY_ARCH_X86
@@ -56,7 +58,7 @@ int64_t Supported() {
     }
   }
 #elif HWY_ARCH_ARM_A64
-  // HWCAP_AES is what Highway's NEON has beyond the floor; its NEON_BF16 has FPHP, ASIMDHP and ASIMDDP too.
+  // Highway's NEON target needs AES beyond the baseline. Its NEON_BF16 target also needs FPHP, ASIMDHP and ASIMDDP.
   constexpr unsigned long kAes = 1ul << 3, kHalf = kAes | 1ul << 9 | 1ul << 10 | 1ul << 20, kBf16 = 1ul << 14;
   const unsigned long has = getauxval(AT_HWCAP);
   if (has & kAes) targets |= HWY_NEON;
@@ -65,7 +67,7 @@ int64_t Supported() {
   return targets & (HWY_TARGETS | kBf16Targets);
 }
 
-std::atomic<int64_t> chosen{0};
+std::atomic<int64_t> chosen{0};  // target in use; 0: not determined yet
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// Which of the instruction sets that the kernels are built for runs. Highway's own dispatch does the same, but needs
-// its shared library wherever the kernels run; so only its headers are used.
+// Choice of the instruction set at run time. Highway's own dispatch does the same, but would require Highway's shared
+// library at run time; here only its headers are needed.
 
 #ifndef SPARSIFINER_TARGET_H_
 #define SPARSIFINER_TARGET_H_
@@ -10,20 +10,23 @@
 
 namespace sparsifiner {
 
-// Matrix tiles beside HWY_AVX3_ZEN4: no target of Highway's. Processors that have them are better than that one.
+// HWY_AVX3_ZEN4 plus matrix tiles (Intel AMX), for which Highway has no target. It ranks above HWY_AVX3_ZEN4 and uses
+// the bit of HWY_AVX3_SPR, for which nothing is built.
 constexpr int64_t kAmx = HWY_AVX3_SPR;
 
-// Whether foreach_target.h's pass is that of a set with a dot product of bfloat16, for which attention.cc alone is built.
+// True if the current pass of foreach_target.h is for an instruction set with a bfloat16 dot product. Only attention.cc
+// is built for those.
 #define SPARSIFINER_BF16 (HWY_TARGET == HWY_AVX3_ZEN4 || HWY_TARGET == HWY_NEON_BF16)
 
-// Those sets; the rest runs as on the next lesser one, which must be there.
+// Instruction sets with a bfloat16 dot product. All other code uses the next lower set, which must also be built.
 constexpr int64_t kBf16Targets = (HWY_TARGETS & HWY_AVX3 && !(HWY_BROKEN_TARGETS & HWY_AVX3_ZEN4) ? kAmx | HWY_AVX3_ZEN4 : 0) |
                                  (HWY_TARGETS & HWY_NEON ? HWY_NEON_BF16 & ~HWY_BROKEN_TARGETS : 0);
 
-// The best one of this machine, or a lesser one that sparsifiner_limit_target chose: a bit of HWY_TARGETS or kBf16Targets.
+// Returns the best instruction set of this machine, or the one that sparsifiner_limit_target selected: a bit of
+// HWY_TARGETS or kBf16Targets.
 int64_t Target();
 
-// What is built for Target(), or for the compiler's own floor where that is as good.
+// Returns the version that is built for Target(), or the one for the compiler's baseline if that is equivalent.
 template <typename Built>
 Built* Choose(Built* avx3, Built* avx2, Built* neon, Built* floor) {
   Built* built = nullptr;
@@ -33,7 +36,7 @@ Built* Choose(Built* avx3, Built* avx2, Built* neon, Built* floor) {
   return built == nullptr ? floor : built;
 }
 
-// A function or constant of HWY_NAMESPACE, as built for Target(); after the last pass of foreach_target.h only.
+// Function or constant of HWY_NAMESPACE, as built for Target(). Use it only after the last pass of foreach_target.h.
 #define SPARSIFINER_BUILT(name)                                                                     \
   (*sparsifiner::Choose<decltype(HWY_STATIC_DISPATCH(name))>(HWY_CHOOSE_AVX3(name), HWY_CHOOSE_AVX2(name), \
                                                              HWY_CHOOSE_NEON(name), &HWY_STATIC_DISPATCH(name)))

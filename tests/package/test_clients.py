@@ -100,7 +100,7 @@ def test_a_stream_follows_a_camera_in_c_plus_plus_as_in_python(
         (["LIBRARY", "BUNDLE", "--share", "half"], b"", "usage"),
         (["LIBRARY", "BUNDLE", "--threads", "2x"], b"", "usage"),
         (["LIBRARY", "BUNDLE", "--threads", "1.5"], b"", "usage"),
-        (["LIBRARY", "BUNDLE"], b"short", "frame 0: 5 bytes, of 160 x 160 x 3"),
+        (["LIBRARY", "BUNDLE"], b"short", "frame 0: 5 bytes, expected 160 x 160 x 3"),
         (["LIBRARY", "BUNDLE"], b"", "frame 0: 0 bytes"),
         (["/nowhere.so", "BUNDLE"], b"", "/nowhere.so"),
         (["LIBRARY", "/nowhere"], b"", "/nowhere/model.onnx"),
