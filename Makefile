@@ -19,7 +19,7 @@ test: $(VENV)/.dev
 # Adds sanitizers, AArch64, Triton's interpreter, long streams, kills, searches, browsers, README blocks and fuzzing.
 everything: $(VENV)/.everything
 	@if [ -d $(ARM)/python ]; then :; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) aarch64; \
-	else echo "Tests of the kernels on AArch64 are left out: root installs what they need (make aarch64)."; fi
+	else echo "The AArch64 tests are skipped: run make aarch64 as root to install what they need."; fi
 	$(BIN)/python -m pytest tests benchmarks $(PARALLEL) $(PYTEST)
 	$(BIN)/python -m tests.fuzz --seconds 60
 
@@ -117,7 +117,7 @@ $(VENV)/.native: | $(VENV)/bin/python
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -o DPkg::Lock::Timeout=300 -y -qq g++ libhwy-dev libonnxruntime-dev; \
 	else \
-	  echo "Native kernels are left out, the portable path is slower. To build them (Debian, Ubuntu), and then again:"; \
+	  echo "The native kernels are not built, and models run slower. To build them (Debian, Ubuntu), run this and then make again:"; \
 	  echo "  sudo apt-get install g++ libhwy-dev libonnxruntime-dev && make clean"; \
 	fi
 	@touch $@

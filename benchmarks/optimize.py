@@ -213,7 +213,7 @@ def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[
     }
     err_console.print(
         f"{size} px, {case}: {seconds:.0f} s; {found['engine']} {ours.value:.1f} ms, {said(found['times'])} times; "
-        f"kept back {answer.check_fidelity:.4f}, publication {said(found['publication'], 4)}; predicted over measured "
+        f"held out {answer.check_fidelity:.4f}, publication {said(found['publication'], 4)}; predicted over measured "
         f"{found['predicted_over_measured']:.2f}; over the earlier plan {found['over_earlier']}"
     )
     return {name: value for name, value in found.items() if value is not None}

@@ -321,7 +321,7 @@ def show(found: dict[str, RobustnessResult], macs: dict[str, float], apart: dict
                     in_points(every.extra_drop),
                 ]
             )
-    head = ["", "images", "G MACs", "dense, clean", "clean", "dense loses", "extra loss"]
+    head = ["", "images", "G MACs", "dense, clean", "clean", "dense drop", "extra drop"]
     print_table(f"Severity {SEVERITY}, points of 100", head, table)
     print_table(
         "Extra loss of ours less a rival's, image by image", ["", ""], [[k, in_points(x)] for k, x in apart.items()]

@@ -38,9 +38,7 @@ def test_nothing_keeps_the_formatter_away() -> None:
 
 
 def test_an_opening_is_recognised() -> None:
-    assert [docstring for _, docstring in strings('"""What it is."""\nX = 1\n"""Number of tokens."""\n')] == [
-        "What it is.",
-        "Number of tokens.",
-    ]
+    source = "'What it is.'\nX = 1\n'Number of tokens.'\n"
+    assert [docstring for _, docstring in strings(source)] == ["What it is.", "Number of tokens."]
     assert OPENING.match("What it is.")
     assert not OPENING.match("Number of tokens.")

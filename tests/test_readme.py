@@ -40,11 +40,8 @@ def offline(block: str) -> str:
     """Use weights from a file, as the README describes, and a short measurement."""
     model = "vit_small_patch14_dinov2.lvd142m"
     assert block.count(model) == 2
-    return (
-        block.replace(model, f"{model} --weights dinov2.safetensors")
-        .replace("dense/\n", "dense/\n", 1)
-        .replace("--against dense/", "--against dense/ --seconds 2 -o result.json")
-    )
+    with_weights = block.replace(model, f"{model} --weights dinov2.safetensors")
+    return with_weights.replace("--against dense/", "--against dense/ --seconds 2 -o result.json")
 
 
 @pytest.fixture(scope="module")
