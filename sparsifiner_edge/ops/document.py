@@ -14,9 +14,10 @@ _HEAD = f"""# Operators
 
 Reference for running, porting or checking an exported model. ONNX domain `{DOMAIN}`, version {VERSION}.
 
-An exported model contains a function body of standard operators (opset 20) for each operator that it uses, so every
-ONNX runtime can run it. A runtime with a registered native library runs the native kernels instead. Each operator has
-exactly one output, and no optional inputs or outputs.
+An exported model contains a function body of standard operators (opset 20) for each operator that it uses. A
+runtime that supports ONNX local functions can run it; for others, inline the functions (docs/cpu.md lists the
+runtimes). A runtime with a registered native library runs the native kernels instead. Each operator has exactly one
+output, and no optional inputs or outputs.
 
 | symbol | meaning |
 | --- | --- |
@@ -37,14 +38,15 @@ exactly one output, and no optional inputs or outputs.
 
 - **Ragged ends.** The last query pool, tile and key pool may be shorter than the others. Means, softmax, maxima and
   counts include only existing tokens.
-- **Indices** are strictly ascending, ties go to the lower index, and NaN counts as -inf. For other indices, a kernel
-  returns unspecified values but never accesses memory outside its tensors.
+- **Indices** are strictly ascending, ties between scores go to the lower index, and NaN counts as -inf. For
+  unsorted or out-of-range indices, a kernel returns unspecified values but never accesses memory outside its tensors.
 - **Sizes** are all 1 unless tokens were merged. If no node of a model has other sizes, its function bodies do not read
   them. The native kernels check once per call whether all sizes are 1.
 - **Limit.** K is at most {TOPK_LIMIT}, the limit of TensorRT's TopK layer. The export checks it.
 - **Tolerance.** The error of an attention output, relative to the range of the output, is within the tolerance below. A
   selection is correct if the score of every selected key is at least the K-th highest score of the reference minus the
-  tolerance. Each backend is deterministic: two runs give the same bits.
+  tolerance. The Triton kernels have a wider
+  tolerance for selection scores (docs/nvidia.md). Each backend is deterministic: two runs give the same bits.
 
 This page is generated from `sparsifiner_edge/ops/schema.py` with `python -m sparsifiner_edge.ops.document`.
 """
