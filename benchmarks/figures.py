@@ -371,12 +371,11 @@ used neither for tuning nor for calibration, unless a section says otherwise.
 ## Equal fidelity: sparsifiner-edge, token merging, dense
 
 Milliseconds per image at the same mean cosine to the dense model's final patch tokens, interpolated along each
-method's Pareto front. All methods run without fine-tuning and interleaved in one run, each in its fastest backend (ONNX Runtime
-or OpenVINO). ToMe and MAT (arXiv 2512.22760) follow their published rules, with constant rates, falling rates and our
-schedules.
-"int8 + bf16" is the fastest of fp32, bf16, and int8 with the rest in either. Ratios are ratios of the printed times.
-At 224 and 518 px, the dense model at fewer pixels reaches none of these cosines. The result files have the intervals of
-the ratios over rounds; at 518 px they are wide (fp32, .98: 1.32 to 1.54).
+method's Pareto front. All methods run without fine-tuning and interleaved in one run, each in its fastest backend (ONNX
+Runtime or OpenVINO). ToMe and MAT (arXiv 2512.22760) follow their published rules, with constant rates, falling rates
+and our schedules. "int8 + bf16" is the fastest of fp32, bf16, and int8 with the rest in either. Ratios are ratios of
+the printed times. At 224 and 518 px, the dense model at fewer pixels reaches none of these cosines. The result files
+have the intervals of the ratios over rounds; at 518 px they are wide (fp32, .98: 1.32 to 1.54).
 
 {frontier_section()}
 
@@ -466,7 +465,7 @@ def draw_pareto_front(path: Path) -> None:
                 axes.plot(*zip(*front, strict=True), style, color=color, marker=marker, markersize=6, label=label)
         axes.axhline(0.02, color="#999999", linewidth=1, linestyle="--")
         axes.set_title(title, fontsize=11)
-        axes.set_xlabel("ms per image, fastest engine")
+        axes.set_xlabel("ms per image, fastest backend")
         axes.grid(visible=True, which="major", color="#e6e6e6")
         axes.set_yscale("log")
         axes.set_xlim(left=0)

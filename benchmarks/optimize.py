@@ -169,7 +169,7 @@ def fidelities(folder: Path, answer: Candidate) -> list[float]:
     """Return the result's cosines over the publication photographs."""
     student = load_student(folder / "out" / "student")
     trial = Trial(student, dense_twin(student).model, published(), "patches")
-    here = answer.engine.execution if answer.engine.is_here else None
+    here = answer.deployment.execution if answer.deployment.is_here else None
     with se.open_session(folder / "out" / "bundle", here) as session:
         return [1 - distance for distance in trial.distances_of(session.infer)]
 
@@ -185,20 +185,20 @@ def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[
         dense, images = dense_twin(student), [path for path in users() if path.is_file()]
         with WholeModels(scratch, student, dense, images, None, clock) as models:
             nothing = plan_of(dense.sparsity, len(student.backbone.layers), student.backbone.patches)
-            rows = [(models.bundle(nothing, one.engine), one.engine) for one in front.dense]
+            rows = [(models.bundle(nothing, one.deployment), one.deployment) for one in front.dense]
             if earlier:
                 merge, keep = parse_merge(earlier[0]), parse_keep(earlier[1])
                 there = se.Budget(merge=merge, keep=keep)
                 other = load_student(folder / "out" / "start", budget=there)
                 plan = plan_of(other.sparsity, len(student.backbone.layers), student.backbone.patches)
-                rows.append((models.bundle(plan, answer.engine), answer.engine))
-            ours, *others = whole_ms([(folder / "out" / "bundle", answer.engine), *rows], clock)
+                rows.append((models.bundle(plan, answer.deployment), answer.deployment))
+            ours, *others = whole_ms([(folder / "out" / "bundle", answer.deployment), *rows], clock)
     fastest = min(others[: len(front.dense)], key=lambda ms: ms.value)
     low, high = (bound if isinstance(bound, float) else ours.value for bound in (ours.low, ours.high))
     times = stats.quantity(fastest.value / ours.value, fastest.value / high, fastest.value / low, ours.interval)
     found = {
         "wall_s": seconds,
-        "engine": str(answer.engine),
+        "engine": str(answer.deployment),
         "merge": answer.merge,
         "keep": answer.keep,
         "fidelity": answer.fidelity,
@@ -206,7 +206,7 @@ def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[
         "publication": write_record(stats.small_sample_mean(fidelities(folder, answer))),
         "predicted_over_measured": answer.predicted_ms / answer.ms.value,
         "ms": write_record(ours),
-        "dense_ms": {str(one.engine): ms.value for one, ms in zip(front.dense, others, strict=False)},
+        "dense_ms": {str(one.deployment): ms.value for one, ms in zip(front.dense, others, strict=False)},
         "times": write_record(times),
         "over_earlier": ours.value / others[-1].value if earlier else None,
         "points": len(front.points),
@@ -270,7 +270,7 @@ def seeded(seed: int, minutes: float, output: Path) -> dict[str, Any]:
     answer = answer_of(result)
     row = {
         "seed": seed,
-        "engine": str(answer.engine),
+        "engine": str(answer.deployment),
         "wall_s": seconds,
         "fidelity": answer.fidelity,
         "check_fidelity": answer.check_fidelity,

@@ -90,11 +90,13 @@ def show(result: SearchResult, evaluation: Any) -> None:
     table = Table(f"saliency at {SIZE} px", "ms", "speedup", "cosine", "map IoU", "map error")
     fastest = min((dense.ms.value for dense in front.dense), default=front.finalists[0].ms.value)
     for dense in front.dense[:1]:
-        table.add_row(f"dense: {dense.engine}", f"{dense.ms.value:.0f}", "1.00", f"{dense.check_fidelity:.4f}")
+        table.add_row(f"dense: {dense.deployment}", f"{dense.ms.value:.0f}", "1.00", f"{dense.check_fidelity:.4f}")
     sparse = front.finalists[0]
     task = [f"{scores['iou'].mean.value:.3f}", f"{scores['error'].mean.value:.4f}"]
     speedup = f"{fastest / sparse.ms.value:.2f}"
-    table.add_row(f"sparse: {sparse.engine}", f"{sparse.ms.value:.0f}", speedup, f"{sparse.check_fidelity:.4f}", *task)
+    table.add_row(
+        f"sparse: {sparse.deployment}", f"{sparse.ms.value:.0f}", speedup, f"{sparse.check_fidelity:.4f}", *task
+    )
     Console().print(table)
 
 

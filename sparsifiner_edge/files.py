@@ -277,7 +277,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file completely or not at all. Bytes that are not UTF-8 become backslash escapes.
 
     Raises:
-        ArtifactError: `path` is a folder or a device, or the disk refuses.
+        ArtifactError: `path` is a folder or a device, or the file cannot be written.
     """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
@@ -286,7 +286,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file completely or not at all.
 
     Raises:
-        ArtifactError: `path` is a folder or a device, or the disk refuses.
+        ArtifactError: `path` is a folder or a device, or the file cannot be written.
     """
     with replace_file(path) as scratch:
         scratch.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Result of a search: every plan with its predictions and measurements, and the engines."""
+"""Result of a search: every plan with its predictions and measurements, and the deployments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsifiner_edge.results import Quantity, Result
 
 
 class Deployment(NamedTuple):
-    """Engine of a model: a CPU backend, or a board by name.
+    """Deployment of a model: a CPU backend, or a board by name.
 
     Attributes:
         precision: Weight precision of the file.
@@ -56,9 +56,9 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
         merge: As `export --merge` takes it.
         keep: As `export --keep` takes it.
         fidelity: Mean over the selection images, in float32.
-        predicted_ms: Predicted latency by engine.
-        pareto_optimal: True if no other plan is at least as good in fidelity and in every engine's time, and better in
-            one.
+        predicted_ms: Predicted latency by deployment.
+        pareto_optimal: True if no other plan is at least as good in fidelity and in every deployment's time, and better
+            in one.
     """
 
     merge: str
@@ -69,7 +69,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A plan that was exported, in one engine; or the dense model.
+    """A plan that was exported, in one deployment; or the dense model.
 
     Attributes:
         backend: See `Deployment`.
@@ -96,7 +96,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     file_bytes: int
 
     @property
-    def engine(self) -> Deployment:
+    def deployment(self) -> Deployment:
         """Deployment that runs it."""
         return Deployment(self.backend, self.precision, self.compute_precision)
 
@@ -128,8 +128,8 @@ class ParetoFront(msgspec.Struct, frozen=True, kw_only=True):
         finalists: Measured candidates, the answer first if there is one.
         answer: Candidate that keeps the bound.
         check: Fidelity of the answer on images that were used neither for search nor for calibration.
-        dense: The dense model in the engines of the finalists and in others that were tried, the fastest first.
-        left_out: Backends that do not run here and engines whose precision drops too much, with the reason.
+        dense: The dense model in the deployments of the finalists and in others that were tried, the fastest first.
+        left_out: Backends that do not run here and deployments whose precision drops too much, with the reason.
         remarks: Remarks on the images and on bounds that were not reached.
     """
 

@@ -243,7 +243,7 @@ def test_a_size_like_a_cameras_frames(tiny_student: Path, capsys: Capsys, tmp_pa
     Image.new("RGB", (320, 180)).save(frame)
     outcome = call(capsys, "export", tiny_student, "--like", frame, "-o", tmp_path / "wide")
     assert outcome.code == 0, outcome.err
-    assert f"like {frame}, frames of 320x180: --img-size 128x224\n" in outcome.err
+    assert f"{frame}: frames are 320 pixels wide and 180 high. Using --img-size 128x224" in outcome.err
     assert manifest_of(tmp_path / "wide")["preprocessing"]["size"] == [128, 224]
     shutil.copy(tiny_student / "config.json", tmp_path)
     assert size_like(tmp_path, (320, 180)) == (128, 224), "a student's weights are not read"

@@ -82,11 +82,11 @@ def test_a_real_bundle_through_the_command_line(capsys, tmp_path: Path, tiny_bun
     assert (method["precision"], method["linear"], method["jetpack"]["version"]) == ("fp32", "fp16", "7.2.2")
     for name in ("latency_ms", "peak_memory_bytes"):
         assert 0 < figures[name]["low"] < figures[name]["value"] < figures[name]["high"]
-    assert "no sourced power figure narrow enough" in figures["energy_j"]["unavailable"]
+    assert "W is too wide" in figures["energy_j"]["unavailable"]
     for part in (
         "ESTIMATE for Jetson Orin Nano 8 GB, Super modes · 25W · JetPack 7.2.2",
         "Computed, not measured",
-        "Sparse operators: portable, because the bundle carries no kernels compiled for SM 87",
+        "Sparse operators: portable, because the bundle carries no kernels compiled for sm_87",
         "Fits the board's 8 GB: yes",
         "Not confirmed by any document: tf32_tflops",
         "peak memory, MB",

@@ -306,7 +306,7 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: Any) -> None:
     assert "Tokens that the model read" in page.read_text("utf-8")
     done = call(capsys, *asked, page, "--lang", "ja")
     assert done.code == 0, done.err
-    assert "SaCo of the attribution" in done.out
+    assert "SaCo test of the explanations" in done.out
     text = page.read_text("utf-8")
     assert "モデルが読んだもの" in text
     assert "<script" not in text

@@ -323,7 +323,9 @@ def test_run_follows_a_video(stream_bundle: Path, tiny_bundle: Path, pictures: P
     with Model(stream_bundle, se.Execution(backend="onnxruntime")) as model:
         model.session.backend = "tensorrt"  # as an engine in the bundle would be opened
         model.follow()
-        assert model.whole == "tensorrt does not support streaming inference: every frame is computed in full"
+        assert (
+            model.why_whole == "tensorrt does not support streaming inference: the ordinary model runs on every frame"
+        )
         assert model.infer_frame(frames(1)[0]["image"][0])[1] is None
     fixed = records_of(process(*command, "--share", "0.125"))
     assert fixed[3]["computed"]["share"] == 0.12

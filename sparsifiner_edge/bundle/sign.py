@@ -58,8 +58,8 @@ def generate_key(path: str | Path) -> tuple[Path, str]:
         The file of the public key, and its fingerprint.
 
     Raises:
-        ArtifactError: One of the files exists, `path` is not a valid name for a private key, or the disk refuses. No
-            file is left behind.
+        ArtifactError: One of the files exists, `path` is not a valid name for a private key, or the file cannot be
+            written. No file is left behind.
         MissingExtraError: `cryptography` is not installed.
 
     Example:
@@ -152,7 +152,7 @@ def write_signature(folder: Path, signature: Signature) -> None:
     """Write `manifest.sig`, replacing an earlier signature.
 
     Raises:
-        ArtifactError: The file is a link out of the bundle, or the disk refuses.
+        ArtifactError: The file is a link out of the bundle, or the file cannot be written.
     """
     write_text(place_in(folder, SIGNATURE_FILE), dump_json(write_record(signature)))
 

@@ -299,7 +299,7 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
             keep with their present hashes; the hashes of new files are added here.
 
     Raises:
-        ArtifactError: The folder is no longer a bundle, or the disk refuses; the bundle is unchanged.
+        ArtifactError: The folder is no longer a bundle, or the file cannot be written; the bundle is unchanged.
     """
     with io_errors(folder), hold_lock(folder):
         before = parse_manifest(read_manifest(folder), folder / BUNDLE_FILE)

@@ -171,7 +171,7 @@ class _VideoEvaluation:
             self._held[held] = self._held[held] if number % held else wanted
         before, self._before = self._before, wanted
         if not before:
-            return  # The first frame is computed in full and shows nothing.
+            return  # The first frame is a full frame and shows nothing.
         self.compared += 1
         moving = np.argsort(-self._errors(before, wanted), kind="stable")[: max(1, self._stream.fresh.size // 10)]
         known = {"tokens": self._stream.final} if computed.by != "fallback" else {}

@@ -1,9 +1,9 @@
 """Sources from any GStreamer pipeline, run by `gst-launch-1.0`.
 
 No Python binding is needed, and a crash of GStreamer affects only its own process. The last element of the pipeline
-outputs video. Elements are appended that turn the centre of its frames into the input of the model; if another part is
-read, or frames are drawn, whole frames are output. A queue of one frame that drops older ones stands between. Latency
-of GStreamer before that queue is invisible: the age of a frame counts from the queue.
+outputs video. These elements are appended: a queue that holds only the newest frame, then a crop and resize of the
+frame's centre to the model's input. If another region is read or an overlay is drawn, whole frames are output instead.
+The age of a frame counts from the queue: latency of GStreamer before it is invisible.
 """
 
 from __future__ import annotations

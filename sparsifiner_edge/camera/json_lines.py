@@ -47,14 +47,14 @@ class LineWriter:
 
     Args:
         output: A file, whose folders are created; or a standard stream, None if it was closed from the start.
-        live: For a service. True: drop and count lines that do not fit or that the disk refuses, keep trying, and
-            append to the lines of an earlier run. False: wait for the reader, and raise errors of the disk.
+        live: For a service. True: drop and count lines that do not fit or cannot be written, keep trying,
+            and append to the lines of an earlier run. False: wait for the reader, and raise errors of the disk.
         stop: Once this event is set, writes no longer wait: undelivered lines are dropped and counted.
         count: Called with "lines_dropped" for a line that did not fit (part of the last one may have been written), and
             with "output_errors" for a line that the disk refused.
 
     Raises:
-        ArtifactError: Another run writes the file, it is a folder or a device, or the disk refuses.
+        ArtifactError: Another run writes the file, it is a folder or a device, or the file cannot be written.
     """
 
     def __init__(

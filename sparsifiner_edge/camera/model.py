@@ -1,4 +1,4 @@
-"""A bundle as commands for images and video use it: checked, opened, and with its outputs as records."""
+"""The model of a bundle for the image and video commands: checks and opens it, and turns its outputs into records."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Model:
         map_threshold: Threshold of a map's area.
         session: Session that runs the model.
         stream: Streaming inference, once `follow` has started it.
-        whole: Why every frame is computed in full although the bundle supports streaming inference; otherwise None.
+        why_whole: Why the ordinary model runs on every frame although the bundle supports streaming inference;
+            otherwise None.
 
     Raises:
         ConfigError: The bundle takes a fixed batch above 1.
@@ -73,7 +74,7 @@ class Model:
         self.map_threshold = THRESHOLD if threshold is None else threshold
         self._reference: Array | None = None
         self.stream: Stream | None = None
-        self.whole: str | None = None
+        self.why_whole: str | None = None
         self._answered: tuple[dict[str, Array], list[dict[str, Array]]] = {}, []
         self.session: Session = session_on(bundle, execution)
         try:
@@ -110,7 +111,7 @@ class Model:
         if at_least is not None or share is not None or (has and backend in ON_PROCESSOR):
             self.stream = self.session.stream(at_least, share)
         elif has:
-            self.whole = f"{backend} does not support streaming inference: every frame is computed in full"
+            self.why_whole = f"{backend} does not support streaming inference: the ordinary model runs on every frame"
 
     @property
     def runtime(self) -> Runtime:

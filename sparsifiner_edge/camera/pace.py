@@ -126,8 +126,12 @@ def profile_camera(
     options = options or RunOptions()
     require(0 < rate <= 1000, f"rate is {rate}.", "Give frames per second, above 0 and at most 1000.")
     deadline = 1e3 / rate if deadline_ms is None else deadline_ms
-    require(0 < deadline <= 1e3 * MOST_SECONDS, f"deadline_ms is {deadline_ms}.", "Give milliseconds.")
-    require(0 < seconds <= MOST_SECONDS, f"seconds is {seconds}.", "Give seconds.")
+    require(
+        0 < deadline <= 1e3 * MOST_SECONDS,
+        f"deadline_ms is {deadline_ms}.",
+        f"Give milliseconds above 0, at most {1e3 * MOST_SECONDS:g}.",
+    )
+    require(0 < seconds <= MOST_SECONDS, f"seconds is {seconds}.", f"Give seconds above 0, at most {MOST_SECONDS:g}.")
     with open_model(Path(bundle), options) as model:
         if options.stream:
             model.follow(options.at_least, options.share)
@@ -149,7 +153,7 @@ def profile_camera(
             preprocessing=str(model.framing),
             runtime=model.runtime,
             stream=model.stream is not None,
-            why_whole=model.whole,
+            why_whole=model.why_whole,
         )
     ages, dropped = np.array(samples["age_ms"]), len(images) - len(samples["age_ms"])
     figures = PaceFigures(

@@ -165,8 +165,8 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
         status.event("model", **write_record(model.session.description))
         if model.stream is not None:
             status.event("stream", **write_record(model.stream.description))
-        if model.whole is not None:
-            status.event("warning", reason=model.whole)
+        if model.why_whole is not None:
+            status.event("warning", reason=model.why_whole)
         status.event("decoding", **(_NOT_CONFINED if parsed.kind == "gst" else write_record(confinement())))
         if not is_video and (chosen := model.session.description.chosen) is not None:
             _print_to_stderr(chosen)
@@ -300,7 +300,10 @@ def _of_images(model: Model, source: Path, status: Status, stop: threading.Event
         if stop.is_set():
             return
     if failed:
-        raise ImageError(f"{len(failed)} of {len(images)} images could not be read: {failed[0]}")
+        raise ImageError(
+            f"{len(failed)} of {len(images)} images could not be read: {failed[0]}",
+            "Repair or remove them; the output has a line with the reason for each.",
+        )
 
 
 def frames_of(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
@@ -374,7 +377,7 @@ def _require(bundle: Path, source: Source, options: RunOptions) -> None:
             raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
         for name in ("overlay", "metrics", "frames"):
             if getattr(options, name) is not None:
-                what = f"{name} or --{name} cannot be combined with images."
+                what = f"--{name} (option {name!r}) applies only to videos and cameras."
                 raise ConfigError(what, "Give a video or a camera, or leave it out.")
     else:
         require_decoder(source, options.overlay is not None)

@@ -171,7 +171,11 @@ def _size_like(source: str, like: str, trust: Sequence[str]) -> ImageSize:
     frames = parse_source(like)
     width, height = frame_size(frames)
     size = se.size_like(source, (width, height), trust)
-    click.echo(f"like {printable(frames.shown)}, frames of {width}x{height}: --img-size {size_text(size)}", err=True)
+    click.echo(
+        f"{printable(frames.shown)}: frames are {width} pixels wide and {height} high. "
+        f"Using --img-size {size_text(size)} (height x width).",
+        err=True,
+    )
     return size
 
 

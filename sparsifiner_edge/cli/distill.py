@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     "--budgets",
     type=common.PATH,
     metavar="FRONT.json",
-    help="Train for the plans on the Pareto front in this front.json, which `optimize` writes.",
+    help="Train for up to six plans near the answer in this front.json, which `optimize` writes.",
 )
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")
 @common.trust_option
@@ -73,8 +73,9 @@ def _print(summary: TrainingSummary, output: Path) -> None:
     if summary.best is not None:
         what = "top-1" if summary.metric.startswith("top-1") else "cosine to the teacher"
         click.echo(
-            f"{output}: {summary.kept} of {summary.steps} steps kept; {what} on held-out images "
-            f"{summary.best:.4f}, untrained {summary.start:.4f}, all budgets together."
+            f"{output}: kept the weights of {summary.kept} ({summary.steps} steps in total). "
+            f"{what[0].upper()}{what[1:]} on held-out images, over all budgets: {summary.best:.4f}; "
+            f"untrained: {summary.start:.4f}."
         )
         rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in summary.budgets]
         common.print_table(f"{what[0].upper()}{what[1:]}, held-out images", ["budget", "untrained", "kept"], rows)

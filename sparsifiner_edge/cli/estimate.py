@@ -26,7 +26,7 @@ from sparsifiner_edge.cli import common
 )
 @click.option(
     "--compute-precision",
-    help="Arithmetic of the linear layers: fp32, tf32, fp16 or int8.  [default: int8 for an int8 "
+    help="Assumed arithmetic of the linear layers: fp32, tf32, fp16 or int8.   [default: int8 for an int8 "
     "file, else fp16 on a GPU]",
 )
 @click.option(

@@ -74,7 +74,11 @@ if TYPE_CHECKING:
     type=common.FiniteRange(0, 1, min_open=True),
     help="Recompute a fixed share of the patches in every frame (replaces --at-least).",
 )
-@click.option("--every", type=click.IntRange(1, MOST_COUNT), help="Compare one of this many frames of the video.")
+@click.option(
+    "--every",
+    type=click.IntRange(1, MOST_COUNT),
+    help="Compare every N-th frame of the video only; the stream still processes all of them.",
+)
 @click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after this many frames of the video.")
 @common.fit_option
 @common.region_option
@@ -124,13 +128,27 @@ def _video(
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) not in (None, ParameterSource.DEFAULT)
         if given and parameter.name not in others:
-            raise ConfigError(f"{parameter.opts[-1]} cannot be combined with --video.", "Leave it out, or --video.")
+            raise ConfigError(
+                f"{parameter.opts[-1]} cannot be combined with --video.",
+                f"Leave out either {parameter.opts[-1]} or --video.",
+            )
     settings = common.group({name: options[name] for name in used & options.keys()}, execution=se.Execution)
     every = of_streams.pop("every") or 1
     with common.progress_bar("frames") as progress:
         stream_options = se.RunOptions(**of_streams, **settings)
         result = se.evaluate_video(subject, video, stream_options, every=every, progress=progress)
     common.print_result(result, as_json, _print_stream, output)
+
+
+_STREAM_HEADS = {
+    "patches": "mean cosine",
+    "moving": "moving tenth",
+    "patches_least": "worst frame",
+    "reached": "frames at target",
+    "share": "share computed",
+    "ms_p99": "ms, p99",
+}
+"""Column heads of the figures of a stream."""
 
 
 def _print_stream(result: StreamResult) -> None:
@@ -149,15 +167,21 @@ def _print_stream(result: StreamResult) -> None:
     ]
     floor = "" if method.at_least is None else f", at least {method.at_least:g}"
     title = f"{printable(method.video)}, {method.frames} frames{floor}"
-    common.print_table(title, ["", *(name.replace("_", " ") for name in (*heads, *names))], rows)
+    common.print_table(
+        title, ["", *(_STREAM_HEADS.get(name, name.replace("_", " ")) for name in (*heads, *names))], rows
+    )
     figures = result.statistics["stream"]
     compared = int(figures.get("patches_frames", 0))
     if compared < len(result.samples["stream"]["ms"]):
         click.echo(
-            f"Patches are compared on {compared} frames; the full model, which outputs no tokens, answered the others."
+            f"Patches are compared on {compared} frames. "
+            "The bundle's ordinary model, which outputs no tokens, answered the others."
         )
     if "first_quarter" in figures:
-        click.echo(f"First quarter of the frames {figures['first_quarter']:.4f}, last {figures['last_quarter']:.4f}.")
+        click.echo(
+            f"Mean patch cosine: {figures['first_quarter']:.4f} in the first quarter of the frames, "
+            f"{figures['last_quarter']:.4f} in the last."
+        )
     click.echo(f"Cosine to the dense model's output on the same frame, {printable(method.preprocessing)}.")
     click.echo(f"Ran on {_ran(method.runtime)}")
 
@@ -229,7 +253,7 @@ def _print_robustness(result: RobustnessResult) -> None:
                 ]
             )
         common.print_table(
-            f"{score} of 100, {by_condition['all'].images} images, severity {method.severity}",
+            f"{score} in percent, {by_condition['all'].images} images, severity {method.severity}",
             ["", "dense", "sparse", "dense drop", "sparse drop", "extra drop", "95 % interval"],
             rows,
         )

@@ -55,8 +55,8 @@ def command(
 def _print(result: ExplainResult, output: Path) -> None:
     images = result.statistics.values()
     rows = [[printable(image.image), *(f"{figure:.3f}" for figure in image.saco.values())] for image in images]
-    head = ["image", "this explanation", "random order", "shifted"]
-    common.print_table("SaCo of the attribution", head, rows)
+    head = ["image", "explanation", "random order of patches", "explanation shifted"]
+    common.print_table("SaCo test of the explanations (docs/measure.md)", head, rows)
     for image in images:
         if not image.better:
             click.echo(f"{printable(image.image)}: this explanation is no better than chance.")

@@ -87,7 +87,8 @@ class _Interrupted(BaseException):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0 done, 1 a gate failed, 2 wrong usage or unusable input, 128 + n ended by signal n (130: Ctrl-C).
+    Exit codes: 0 done, 1 a check of accuracy or numbers failed, 2 wrong usage or unusable input, 128 + n ended by
+    signal n (130: Ctrl-C).
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # Warnings of libraries are for developers; `python -W default` shows them.

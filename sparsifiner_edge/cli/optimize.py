@@ -92,7 +92,7 @@ def command(
 ) -> None:
     """Find the fastest sparse model that keeps a fidelity, or the most faithful one within a latency.
 
-    The best bundle so far is in OUTPUT/bundle from the first fifth of the time on.
+    OUTPUT/bundle always holds the best bundle so far; the first one is there after about a fifth of the time.
     """
     with common.progress_bar("starting") as progress:
         import sparsifiner_edge as se
@@ -109,16 +109,16 @@ def command(
 def _print(result: SearchResult, output: Path) -> None:
     front, board, count = result.statistics, result.method.board, len(result.method.images["checked"])
     fastest = min((one.ms.value for one in front.dense), default=None)
-    rows = [_row(f"dense: {one.engine}", one, fastest) for one in reversed(front.dense)]
-    rows += [_row(f"sparse: {one.engine}", one, fastest) for one in reversed(front.finalists)]
+    rows = [_row(f"dense: {one.deployment}", one, fastest) for one in reversed(front.dense)]
+    rows += [_row(f"sparse: {one.deployment}", one, fastest) for one in reversed(front.finalists)]
     title = "Full models, measured in turn" if board is None else f"Estimated for {board}, not measured"
-    common.print_table(title, ["", "ms", "times", f"fidelity on {count} held out", "MB"], rows)
-    for text in (f"Left out: {engine}: {why:.160}" for engine, why in front.left_out.items()):
+    common.print_table(title, ["", "ms", "speed-up", f"fidelity on {count} held out", "MB"], rows)
+    for text in (f"Left out: {deployment}: {why:.160}" for deployment, why in front.left_out.items()):
         click.echo(text, err=True)
     for remark in front.remarks:
         click.echo(printable(remark, 500), err=True)
     best = front.finalists[0]
-    plan = f"--merge {best.merge} --keep {best.keep}, in {best.engine}"
+    plan = f"--merge {best.merge} --keep {best.keep}, in {best.deployment}"
     if isinstance(front.answer, Unavailable):
         click.echo(f"No answer: {front.answer.why}. The nearest plan is {output / 'bundle'}: {plan}", err=True)
         return

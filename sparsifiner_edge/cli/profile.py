@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     is_flag=True,
     flag_value=False,
     default=True,
-    help="Compute every frame of --video in full, even if the bundle was exported with --stream.",
+    help="Run the ordinary model on every frame of --video, even if the bundle was exported with --stream.",
 )
 @common.fit_option
 @common.region_option
@@ -126,7 +126,10 @@ def _print_camera(result: PaceResult) -> None:
         click.echo(f"Energy: not measured: {printable(energy.why, 300)}")
     elif isinstance(joules := energy.gross_j_per_inference, Quantity):
         click.echo(f"Energy: {joules.value * 1e3:.1f} mJ per arriving frame, idle time included ({energy.sensor}).")
-    runtime, how = method.runtime, "as a stream" if method.stream else method.why_whole or "every frame in full"
+    runtime, how = (
+        method.runtime,
+        "as a stream" if method.stream else method.why_whole or "the ordinary model on every frame",
+    )
     ran = f"{runtime.backend}, {runtime.precision}, kernels: {runtime.kernels}"
     click.echo(f"Ran on {printable(ran, 2000)}, {how}.")
 

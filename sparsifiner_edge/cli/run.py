@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     is_flag=True,
     flag_value=False,
     default=True,
-    help="Compute every frame in full, even if the bundle was exported with --stream.",
+    help="Run the ordinary model on every frame, even if the bundle was exported with --stream.",
 )
 @click.option(
     "--at-least",

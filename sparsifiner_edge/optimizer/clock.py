@@ -42,14 +42,14 @@ class Clock:
         self._took, self._over = dict[str, float](), False
 
     @property
-    def gone(self) -> float:
+    def elapsed_s(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._begun
 
     @property
     def remaining(self) -> float:
         """Seconds until the result must be written."""
-        return self.seconds - self.gone - min(CLOSING_S, CLOSING_SHARE * self.seconds)
+        return self.seconds - self.elapsed_s - min(CLOSING_S, CLOSING_SHARE * self.seconds)
 
     def tell(self, stage: str, _done: float = 0.0, _total: float = 0.0) -> None:
         """Report the current stage; also a `Progress` callback for work with its own unit.
@@ -58,7 +58,7 @@ class Clock:
             TimeIsUpError: The time is over.
         """
         if self._progress:
-            self._progress(stage, min(self.gone, self.seconds), self.seconds)
+            self._progress(stage, min(self.elapsed_s, self.seconds), self.seconds)
         if not self._over and self.remaining <= 0:
             self._over = True
             raise TimeIsUpError

@@ -1,4 +1,4 @@
-"""The search: a bundle at once, better ones while time remains. The best so far survives any end."""
+"""The search: it exports a first bundle quickly and better ones while time remains; the best so far is always kept."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ ROUNDS = 4
 SETTLED = 0.02
 """Relative change of the expected answer below which a round is the last."""
 CLOSE = 1.2
-"""Engines within this factor of the best are followed."""
-MOST_ENGINES = 2
-"""Maximum number of engines that are followed."""
-ENGINES_SHARE = 0.16
-"""Share of the whole time for trying engines."""
+"""Deployments within this factor of the best are followed."""
+MOST_DEPLOYMENTS = 2
+"""Maximum number of deployments that are followed."""
+DEPLOYMENTS_SHARE = 0.16
+"""Share of the whole time for trying deployments."""
 FAR = 1.4
 """A backend that is slower than another by this factor is tried in no other precision."""
 TRIES = 4
-"""Maximum number of plans per engine that are exported to come close to the bound."""
+"""Maximum number of plans per deployment that are exported to come close to the bound."""
 NEAR_ENOUGH = 0.88
 """Share of the bound that ends these tries."""
 JUST = 0.97
@@ -54,11 +54,11 @@ LOOSER = 1.3
 ROOM = 0.98
 """Share of a latency bound to aim at: two measurements of the same model differ."""
 DEVIATIONS = 0.7
-"""Standard errors of the mean error that are kept from the bound, because future images differ."""
+"""Safety margin below the bound, in standard errors of the mean error, because other images will differ."""
 HARDER = 2.0
 """Maximum factor by which held-out images are assumed to be harder: they may be few."""
 LEAST_AIM = 1e-3
-"""Error below which nothing is gained: within the latency, the dense model or nearly that is possible."""
+"""Smallest error to aim for. A latency bound that allows less error allows (almost) the dense model."""
 BUNDLE = ("export", "export int8", "evaluating", "timing")
 """Steps that turn a plan into a measured bundle."""
 LAST_SHARE = 0.1
@@ -68,7 +68,7 @@ PROBES = 3
 
 
 class Search:
-    """State of a search: plans evaluated in float32, engines, and bundles.
+    """State of a search: plans evaluated in float32, deployments, and bundles.
 
     Args:
         request: What is searched for.
@@ -81,17 +81,18 @@ class Search:
     Attributes:
         errors: Errors of each plan by selection image.
         alone: Mean error of each plan that changes one layer.
-        latencies: Latency models of the engines that are followed.
+        latencies: Latency models of the deployments that are followed.
         ms: Times of whole models relative to the reference.
-        losses: Error that an engine's precision adds to that of the plan.
-        excluded: Engines that are not searched, with the reason.
+        losses: Error that a deployment's precision adds to that of the plan.
+        excluded: Deployments that are not searched, with the reason.
         attempts: Bundles in the order in which they were made.
         current: The best bundle so far.
         remarks: Remarks for the user.
         limit: Limit of the bounded quantity: error, or milliseconds with room for another measurement.
         factor: Ratio of the mean error over all images to that over the selection images.
         spread: Ratio of an error with its safety margin to the mean.
-        margin: The same, or the error of the last bundle on the held-out images.
+        margin: Factor on errors before they are compared with the bound: `spread`, or the last bundle's ratio of the
+            error on held-out images to that on the others (at most `HARDER`), whichever is larger.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Search:
     def mean(self, plan: LayerPlan) -> float:
         """Return the estimated mean error of an evaluated plan over all images.
 
-        It is at least the smallest error that counts.
+        Smaller errors are set to the floor `Trial.least`.
         """
         return max(self.trial.least, self.factor * fmean(self.errors[plan]))
 
@@ -145,24 +146,24 @@ class Search:
                 self.alone[plan] = fmean(self.trial.errors(plan, PROBES))
         return self.alone[plan]
 
-    def constraint(self, engine: Deployment, plan: LayerPlan) -> float:
+    def constraint(self, deployment: Deployment, plan: LayerPlan) -> float:
         """Return the bounded quantity of a plan: its error, or its predicted milliseconds."""
-        return self._terms(engine, plan)[not self.bound.by_fidelity]
+        return self._terms(deployment, plan)[not self.bound.by_fidelity]
 
-    def objective(self, engine: Deployment, plan: LayerPlan) -> float:
+    def objective(self, deployment: Deployment, plan: LayerPlan) -> float:
         """Return the other quantity, which is minimised."""
-        return self._terms(engine, plan)[self.bound.by_fidelity]
+        return self._terms(deployment, plan)[self.bound.by_fidelity]
 
-    def _terms(self, engine: Deployment, plan: LayerPlan) -> tuple[float, float]:
-        """Return the error of a plan in an engine, including that of its precision, and the predicted milliseconds."""
-        return self.margin * (self.mean(plan) + self.losses[engine]), self.latencies[engine].of(plan)
+    def _terms(self, deployment: Deployment, plan: LayerPlan) -> tuple[float, float]:
+        """Return the error of a plan, including that of the deployment's precision, and the predicted milliseconds."""
+        return self.margin * (self.mean(plan) + self.losses[deployment]), self.latencies[deployment].of(plan)
 
-    def best(self, engine: Deployment, limit: float) -> LayerPlan:
+    def best(self, deployment: Deployment, limit: float) -> LayerPlan:
         """Return the best measured plan within a limit; if none is, the one closest to it."""
-        within = [plan for plan in self.errors if self.constraint(engine, plan) <= limit]
+        within = [plan for plan in self.errors if self.constraint(deployment, plan) <= limit]
         if within:
-            return min(within, key=lambda plan: self.objective(engine, plan))
-        return min(self.errors, key=lambda plan: self.constraint(engine, plan))
+            return min(within, key=lambda plan: self.objective(deployment, plan))
+        return min(self.errors, key=lambda plan: self.constraint(deployment, plan))
 
     def bounded(self, attempt: Attempt) -> float:
         """Return the bounded quantity of a bundle.
@@ -186,42 +187,46 @@ class Search:
         attempts = sorted(self.attempts, key=self.order)
         return [one for one in attempts if one.again] or attempts[:1]
 
-    def try_out(self, plan: LayerPlan, engine: Deployment) -> Attempt | None:
-        """Export, time and evaluate a plan, and keep it if it is the best so far; None if the engine was excluded."""
-        earlier = next((one for one in self.attempts if (one.plan, one.engine) == (plan, engine)), None)
+    def try_out(self, plan: LayerPlan, deployment: Deployment) -> Attempt | None:
+        """Export, time and evaluate a plan, and keep it if it is the best so far.
+
+        Returns:
+            The bundle; None if the deployment was excluded.
+        """
+        earlier = next((one for one in self.attempts if (one.plan, one.deployment) == (plan, deployment)), None)
         if earlier is not None:
             return earlier
         try:
-            errors = self.models.errors(plan, engine, self.trial)
-            ms = self.time(plan, engine)
+            errors = self.models.errors(plan, deployment, self.trial)
+            ms = self.time(plan, deployment)
         except (GateError, BackendError) as error:
-            self.exclude(engine, error)
+            self.exclude(deployment, error)
             return None
-        known = engine in self.latencies
+        known = deployment in self.latencies
         predicted = (
-            (self.model(but=plan).of(plan) + self.losses[engine], self.latencies[engine].of(plan))
+            (self.model(but=plan).of(plan) + self.losses[deployment], self.latencies[deployment].of(plan))
             if known
             else (fmean(errors[: self.count]), ms.value)
         )
-        attempt = Attempt(plan, engine, ms, errors[: self.count], errors[self.count :], predicted)
+        attempt = Attempt(plan, deployment, ms, errors[: self.count], errors[self.count :], predicted)
         self.attempts.append(attempt)
         if plan in self.errors:
             lost = max(
                 0.0, fmean(attempt.errors[number] for number in self.trial.selection) * self.factor - self.mean(plan)
             )
-            self.losses[engine] = max(lost, self.losses.get(engine, 0.0))
+            self.losses[deployment] = max(lost, self.losses.get(deployment, 0.0))
         if self.bound.by_fidelity:  # Held-out images may be harder.
             ratio = fmean(attempt.reserved) / max(fmean(attempt.errors), self.trial.least)
             self.margin = max(self.spread, min(ratio, HARDER))
-        if known and engine.is_here:
-            self.latencies[engine] = self.latencies[engine].calibrate(plan, ms.value)
+        if known and deployment.is_here:
+            self.latencies[deployment] = self.latencies[deployment].calibrate(plan, ms.value)
         if min(self.attempts, key=self.order) is attempt:
             self._keep(attempt)
             self.current = attempt
         return attempt
 
-    def choose_selection(self, plan: LayerPlan) -> None:
-        """Split the images by a plan's errors: held-out images as easy and hard as the rest, and few selection images.
+    def split_images(self, plan: LayerPlan) -> None:
+        """Choose held-out and selection images by the errors of a plan, so that each set is as hard as all images.
 
         Also sets the ratio between the mean error over all images and over the selection images.
         """
@@ -243,27 +248,27 @@ class Search:
         """Return True if there is time for these steps before the last measurement."""
         return self.clock.fits(*kinds, reserve=LAST_SHARE)
 
-    def time(self, plan: LayerPlan, engine: Deployment) -> Quantity:
+    def time(self, plan: LayerPlan, deployment: Deployment) -> Quantity:
         """Measure a whole model once.
 
         Raises:
             GateError: See `WholeModels.ms`.
             BackendError: See `WholeModels.ms`.
         """
-        if (plan, engine) not in self.ms:
-            self.ms[plan, engine] = self.models.ms(plan, engine)
-        return self.ms[plan, engine]
+        if (plan, deployment) not in self.ms:
+            self.ms[plan, deployment] = self.models.ms(plan, deployment)
+        return self.ms[plan, deployment]
 
-    def exclude(self, engine: Deployment, error: GateError | BackendError) -> None:
-        """Exclude an engine that refuses the model or whose precision adds too much error.
+    def exclude(self, deployment: Deployment, error: GateError | BackendError) -> None:
+        """Exclude a deployment that refuses the model or whose precision adds too much error.
 
         Raises:
-            GateError: No other engine is left.
-            BackendError: No other engine is left.
+            GateError: No other deployment is left.
+            BackendError: No other deployment is left.
         """
-        self.excluded[engine] = error.what
-        self.latencies.pop(engine, None)
-        if set(self.request.engines) <= set(self.excluded):
+        self.excluded[deployment] = error.what
+        self.latencies.pop(deployment, None)
+        if set(self.request.deployments) <= set(self.excluded):
             raise error
 
 
@@ -293,51 +298,60 @@ def first_plan(search: Search) -> LayerPlan:
         rate = plan.merge[0] * float(np.clip((FIRST_AIM * limit / error) ** (1 / exponent), 0.2, 3.0))
     within = [plan for plan, error in errors.items() if error <= 1.2 * FIRST_AIM * limit]
     plan = max(within, key=errors.__getitem__) if within else min(errors, key=errors.__getitem__)
-    search.choose_selection(plan)
-    engines = search.request.engines
-    plain = [engine for engine in engines if (engine.precision, engine.compute_precision) == ("fp32", "auto")]
-    for engine in [*plain[:1], *engines]:
-        if search.try_out(plan, engine) is not None:
+    search.split_images(plan)
+    deployments = search.request.deployments
+    plain = [
+        deployment
+        for deployment in deployments
+        if (deployment.precision, deployment.compute_precision) == ("fp32", "auto")
+    ]
+    for deployment in [*plain[:1], *deployments]:
+        if search.try_out(plan, deployment) is not None:
             break
     return plan
 
 
-def choose_engines(search: Search, plan: LayerPlan) -> list[Deployment]:
-    """Return the promising engines, the fastest first.
+def choose_deployments(search: Search, plan: LayerPlan) -> list[Deployment]:
+    """Return the promising deployments, the fastest first.
 
     A plan is timed in each, and the dense model in those that remain.
     """
-    until, ms = search.clock.gone + ENGINES_SHARE * search.clock.seconds, dict[Deployment, float]()
-    for engine in search.request.engines:
-        slower = [ms[x] / min(ms.values()) for x in ms if x.backend == engine.backend]
+    until, ms = search.clock.elapsed_s + DEPLOYMENTS_SHARE * search.clock.seconds, dict[Deployment, float]()
+    for deployment in search.request.deployments:
+        slower = [ms[x] / min(ms.values()) for x in ms if x.backend == deployment.backend]
         if slower and min(slower) > FAR:
-            search.excluded[engine] = f"{engine.backend} takes {min(slower):.1f} times as long in another precision"
-        elif search.clock.gone > until and ms:
-            if not any(attempt.engine == engine for attempt in search.attempts):
-                search.excluded[engine] = "there was no time to try it"
+            search.excluded[deployment] = (
+                f"in another precision, {deployment.backend} took {min(slower):.1f} times "
+                "as long as the fastest combination"
+            )
+        elif search.clock.elapsed_s > until and ms:
+            if not any(attempt.deployment == deployment for attempt in search.attempts):
+                search.excluded[deployment] = "there was no time to try it"
             continue
-        if engine in search.excluded:
+        if deployment in search.excluded:
             continue
         try:
-            ms[engine] = search.time(plan, engine).value
+            ms[deployment] = search.time(plan, deployment).value
         except (GateError, BackendError) as error:
-            search.exclude(engine, error)
+            search.exclude(deployment, error)
     order = sorted(ms, key=ms.__getitem__)
-    close = [engine for engine in order if ms[engine] <= CLOSE * ms[order[0]]][:MOST_ENGINES]
+    close = [deployment for deployment in order if ms[deployment] <= CLOSE * ms[order[0]]][:MOST_DEPLOYMENTS]
     nothing = LayerPlan.dense(len(search.trial.selects))
-    for engine in list(close):
+    for deployment in list(close):
         try:
-            search.time(nothing, engine.dense_host)
+            search.time(nothing, deployment.dense_host)
         except (GateError, BackendError) as error:
-            search.exclude(engine, error)
-            close.remove(engine)
-    for number, engine in enumerate(close):  # The error of a precision is similar in every engine.
-        alike = [other for other in close[:number] if other.precision == engine.precision and other in search.losses]
+            search.exclude(deployment, error)
+            close.remove(deployment)
+    for number, deployment in enumerate(close):  # The error of a precision is similar in every deployment.
+        alike = [
+            other for other in close[:number] if other.precision == deployment.precision and other in search.losses
+        ]
         if alike:
-            search.losses[engine] = search.losses[alike[0]]
+            search.losses[deployment] = search.losses[alike[0]]
         else:
-            search.try_out(plan, engine)
-    return [engine for engine in close if engine not in search.excluded]
+            search.try_out(plan, deployment)
+    return [deployment for deployment in close if deployment not in search.excluded]
 
 
 def explore(
@@ -347,50 +361,50 @@ def explore(
 
     Args:
         search: State of the search.
-        learn: Fits the predictors once the engines are known; afterwards plans may read fewer keys where
+        learn: Fits the predictors once the deployments are known; afterwards plans may read fewer keys where
             `Trial.selects` allows it.
-        latency_of: Latency model of an engine from parts, not calibrated yet.
+        latency_of: Latency model of a deployment from parts, not calibrated yet.
         tile: Query tile of the model.
     """
     plan = first_plan(search)
-    engines, nothing = choose_engines(search, plan), LayerPlan.dense(len(search.trial.selects))
+    deployments, nothing = choose_deployments(search, plan), LayerPlan.dense(len(search.trial.selects))
     learn()
     search.model()
-    for engine in engines:
-        with search.clock.step("parts", f"timing parts of layers in {engine}"):
-            latency = latency_of(engine)
-        if engine.is_here:
-            latency = latency.calibrate(nothing, search.ms[nothing, engine.dense_host].value)
-            latency = latency.calibrate(plan, search.ms[plan, engine].value)
-        search.latencies[engine] = latency
+    for deployment in deployments:
+        with search.clock.step("parts", f"timing parts of layers in {deployment}"):
+            latency = latency_of(deployment)
+        if deployment.is_here:
+            latency = latency.calibrate(nothing, search.ms[nothing, deployment.dense_host].value)
+            latency = latency.calibrate(plan, search.ms[plan, deployment].value)
+        search.latencies[deployment] = latency
         if not search.fits("parts", "plan", *BUNDLE):
             break
-    if not search.latencies:  # No fast engine takes the dense model: keep the current answer.
+    if not search.latencies:  # No fast deployment takes the dense model: keep the current answer.
         return
     before = 0.0
     for number in range(ROUNDS):
         best = _round(number, search, tile)
         if not number and search.fits(*BUNDLE, *BUNDLE):  # A better answer soon, from which the rounds learn.
-            engine = _promising(search)[0]
-            search.try_out(search.best(engine, search.limit), engine)
+            deployment = _promising(search)[0]
+            search.try_out(search.best(deployment, search.limit), deployment)
         if abs(best - before) < SETTLED * best or not search.fits(*len(SPREAD) * ("plan",), *BUNDLE):
             break
         before = best
-    for engine in _promising(search):
-        _tighten(search, engine, tile)
+    for deployment in _promising(search):
+        _tighten(search, deployment, tile)
 
 
 def _round(number: int, search: Search, tile: int) -> float:
-    """Evaluate plans around the bound for the promising engines; returns the expected objective of the best."""
+    """Evaluate plans around the bound for the promising deployments; returns the expected objective of the best."""
     selects, model = search.trial.selects, search.model()
     solvers = {e: Solver(latency, model, selects, tile) for e, latency in search.latencies.items()}
-    aims = {engine: _aim(search, solver, search.losses[engine]) for engine, solver in solvers.items()}
-    costs = {engine: _cost(search, solver, aims[engine]) for engine, solver in solvers.items()}
+    aims = {deployment: _aim(search, solver, search.losses[deployment]) for deployment, solver in solvers.items()}
+    costs = {deployment: _cost(search, solver, aims[deployment]) for deployment, solver in solvers.items()}
     best = min(costs.values())
-    followed = [engine for engine in sorted(costs, key=costs.__getitem__) if costs[engine] <= CLOSE * best]
+    followed = [deployment for deployment in sorted(costs, key=costs.__getitem__) if costs[deployment] <= CLOSE * best]
     chosen = dict.fromkeys(
-        solvers[engine].at_error(aims[engine] * factor)
-        for engine in followed
+        solvers[deployment].at_error(aims[deployment] * factor)
+        for deployment in followed
         for factor in (NEAR if number else SPREAD)
     )
     for plan in chosen:
@@ -400,45 +414,48 @@ def _round(number: int, search: Search, tile: int) -> float:
 
 
 def _aim(search: Search, solver: Solver, loss: float) -> float:
-    """Return the error that an engine's best plan should have, without that of its precision."""
+    """Return the error that a deployment's best plan should have, without that of its precision."""
     if search.bound.by_fidelity:
         return max(min(LEAST_AIM, search.limit), search.limit / search.margin - loss)
     return max(LEAST_AIM, solver.model.of(solver.at_latency(search.limit)))
 
 
 def _cost(search: Search, solver: Solver, aim: float) -> float:
-    """Return what ranks engines: milliseconds at a fidelity, or error within a latency."""
+    """Return what ranks deployments: milliseconds at a fidelity, or error within a latency."""
     return solver.latency.of(solver.at_error(aim)) if search.bound.by_fidelity else aim
 
 
 def _promising(search: Search) -> list[Deployment]:
-    """Return the engines, ordered by the expected cost of their best plan."""
-    costs = {engine: search.objective(engine, search.best(engine, search.limit)) for engine in search.latencies}
+    """Return the deployments, ordered by the expected cost of their best plan."""
+    costs = {
+        deployment: search.objective(deployment, search.best(deployment, search.limit))
+        for deployment in search.latencies
+    }
     order = sorted(costs, key=costs.__getitem__)
-    return [engine for engine in order if costs[engine] <= CLOSE * costs[order[0]]]
+    return [deployment for deployment in order if costs[deployment] <= CLOSE * costs[order[0]]]
 
 
-def _tighten(search: Search, engine: Deployment, tile: int) -> None:
+def _tighten(search: Search, deployment: Deployment, tile: int) -> None:
     """Export plans until one just meets the bound.
 
     The error that precision and further images add, or the time that a whole model takes beyond its prediction, is
     known from the last bundle; the next plan is adjusted by it.
     """
-    aim, plan = search.limit, search.best(engine, search.limit)
+    aim, plan = search.limit, search.best(deployment, search.limit)
     for _ in range(TRIES):
-        attempt = search.try_out(plan, engine) if search.fits(*BUNDLE) else None
+        attempt = search.try_out(plan, deployment) if search.fits(*BUNDLE) else None
         if attempt is None:
             return
         reached = search.bounded(attempt)
         if NEAR_ENOUGH * search.limit <= reached <= search.limit or not search.fits("plan", *BUNDLE):
             return
-        aim = min(JUST * search.limit * search.constraint(engine, plan) / reached, LOOSER * aim)
-        solver = Solver(search.latencies[engine], search.model(), search.trial.selects, tile)
+        aim = min(JUST * search.limit * search.constraint(deployment, plan) / reached, LOOSER * aim)
+        solver = Solver(search.latencies[deployment], search.model(), search.trial.selects, tile)
         for factor in (1.0, 0.9, 1.1):
-            error = max(LEAST_AIM, factor * aim / search.margin - search.losses[engine])
+            error = max(LEAST_AIM, factor * aim / search.margin - search.losses[deployment])
             one = solver.at_error(error) if search.bound.by_fidelity else solver.at_latency(factor * aim)
             if not one.is_dense:
                 search.evaluate(one, "near the bound")
-        before, plan = plan, search.best(engine, aim)
+        before, plan = plan, search.best(deployment, aim)
         if plan == before:
             return

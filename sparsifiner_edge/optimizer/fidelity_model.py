@@ -41,7 +41,7 @@ SPREADS = {
     "factor": 0.7,
     "exponent": 0.15,
 }
-"""Expected deviation of each parameter, relative to that of an error's logarithm."""
+"""Prior standard deviation of each parameter: how far the fit may move it from its initial value."""
 NOISE = 0.1
 """Unexplained deviation of the logarithm of a measured error."""
 FIT_STEPS = 400
@@ -55,7 +55,7 @@ class FidelityModel:
         merge: Error of the model with one layer changed: a quarter of its patches merges [L].
         keep: Error of the model with one layer changed: it reads `PROBED` of its keys [L].
         patches: Number of patches of the image.
-        least: Smallest error that counts.
+        least: Floor of the error; see `trial.least_error`.
     """
 
     def __init__(self, merge: Sequence[float], keep: Sequence[float], patches: int, least: float = ROUNDING) -> None:

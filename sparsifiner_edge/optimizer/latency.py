@@ -47,9 +47,9 @@ class PlanLatency:
 
     Args:
         patches: Numbers of patches at which the parts were measured, the image's own first.
-        parts: Milliseconds at each of these of "projections", "mlp" and "merging" (see `pieces`), and of attention by
-            its share of keys (see `name_of`), with selection and background tokens; tokens have sizes except at the
-            image's own number.
+        parts: Milliseconds of each part at each entry of `patches`. Parts are "projections", "mlp" and "merging" (see
+            `pieces`), and attention, with key selection and background tokens, under the name of its share of keys (see
+            `name_of`). Below the image's own number of patches, attention has token sizes as an input.
         scale: Factor on the sum: a machine's speed changes, and in a model the parts follow one another.
         ours: Extra time of a model with our operators; see `calibrate`.
     """
@@ -111,13 +111,13 @@ def name_of(share: float) -> str:
 
 
 def measure_latency(
-    student: Student, engine: Deployment, reads: bool = True, progress: Progress | None = None
+    student: Student, deployment: Deployment, reads: bool = True, progress: Progress | None = None
 ) -> PlanLatency:
     """Measure on this machine (see `piece_times`); `reads`: plans may read less than all keys.
 
     Raises:
-        MissingExtraError: The engine is not installed.
-        BackendError: The engine cannot run here.
+        MissingExtraError: The deployment is not installed.
+        BackendError: The deployment cannot run here.
     """
     backbone, sparsity = backbone_of(deploy(student).model), student.sparsity
     geometry, prefix, whole = backbone.geometry, backbone.prefix, backbone.patches
@@ -125,7 +125,7 @@ def measure_latency(
     steps = [round(whole * (least / whole) ** (n / (MEASURED_SIZES - 1))) for n in range(MEASURED_SIZES)]
     patches = sorted(set(steps), reverse=True)
     few = patches[::EACH][::-1]
-    dense = linear_pieces(backbone.layers[0], backbone.width, engine.precision == "int8", prefix, patches)
+    dense = linear_pieces(backbone.layers[0], backbone.width, deployment.precision == "int8", prefix, patches)
     dense |= {
         ("merging", n): merging_piece(geometry, prefix, sparsity.merge_window, n, backbone.width, whole) for n in few
     }
@@ -136,7 +136,9 @@ def measure_latency(
         for n in patches
         for share, layer in layers.items()
     }
-    ms = piece_times(ours, engine.execution, progress) | piece_times(dense, engine.dense_host.execution, progress)
+    ms = piece_times(ours, deployment.execution, progress) | piece_times(
+        dense, deployment.dense_host.execution, progress
+    )
     parts = {name: [ms[name, n] for n in patches] for name in (*map(name_of, shares), *LINEAR)}
     parts = {
         name_of(share): parts[name_of(SHARES[-1])] for share in SHARES

@@ -71,13 +71,13 @@ DENSE_SHARE = 0.06
 EVALUATION_SHARE = 0.2
 """Maximum share of the whole time for evaluating plans."""
 DENSE_IMAGES = 14.0
-"""Evaluating plans takes about as long as the dense model does for this many times the selection images."""
+"""Cost of evaluating all plans, in runs of the dense model per selection image."""
 MIN_SELECTION = 3
 """Minimum number of selection images."""
 FINALISTS = 3
 """Number of bundles that are timed at the end."""
 HOSTS = 2
-"""Number of engines in which the dense model is timed at the end."""
+"""Number of deployments in which the dense model is timed at the end."""
 LAST_S = 1.3
 """Duration of the last timing of each, relative to a quick timing."""
 
@@ -101,7 +101,7 @@ def optimize(
             check.
         output: New folder for `bundle/`, `student/` (not for a module in memory), `front.json`, and with the extra
             `report` `front.png` and `report.html`. During the search, `bundle/` holds the best so far.
-        options: Bound, engines and time.
+        options: Bound, deployments and time.
         model: How the source, or the teacher, is loaded.
         teacher: Dense model of a sparse model that was trained.
         progress: Progress callback; counts seconds.
@@ -156,7 +156,7 @@ def _write_answer(subject: _Subject, search: Search, folder: Path, options: Opti
         student = search.models.student_of(best.plan)
         save_student(dataclasses.replace(student, labels=(*options.labels,) or student.labels), folder / STUDENT)
     if board is not None:
-        method = estimate_bundle(folder / BUNDLE, board, compute_precision=best.engine.precision).method
+        method = estimate_bundle(folder / BUNDLE, board, compute_precision=best.deployment.precision).method
         if method.kernels == "portable":
             search.remarks.append(
                 f"The custom operators are estimated as ONNX function bodies, which are slow: {method.because}."
@@ -223,7 +223,7 @@ def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str
 def _open_trial(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[SearchRequest, Trial, int]:
     """Return what evaluates plans, and the number of selection images.
 
-    There are fewer images if the dense model is slow for the time.
+    If the dense model is too slow for the time limit, fewer images are used.
     """
     student, teacher, paths = subject.student, subject.dense.model, [*request.images, *request.reserved]
     for _ in range(2):  # The first run is a warm-up.
@@ -245,10 +245,10 @@ def _explore(search: Search, subject: _Subject, start: Path) -> None:
     """Search with latencies of this machine or of a board; `start` keeps the model from which plans are made."""
     student, board, trial, tell = subject.student, search.request.board, search.trial, search.clock.tell
 
-    def latency_of(engine: Deployment) -> PlanLatency:
+    def latency_of(deployment: Deployment) -> PlanLatency:
         if board is not None:
-            return estimate_latency(student, board, engine.precision)
-        return measure_latency(student, engine, any(trial.selects), tell)
+            return estimate_latency(student, board, deployment.precision)
+        return measure_latency(student, deployment, any(trial.selects), tell)
 
     explore(search, lambda: _learn(search, subject, start), latency_of, student.sparsity.tile)
 
@@ -271,7 +271,7 @@ def _learn(search: Search, subject: _Subject, start: Path) -> None:
 
 
 DenseTimes: TypeAlias = tuple[Quantity, list[float]]
-"""Milliseconds of the dense model in an engine, and its error there on each held-out image."""
+"""Milliseconds of the dense model in a deployment, and its error there on each held-out image."""
 
 
 def _measure_last(search: Search, dense: dict[Deployment, DenseTimes]) -> None:
@@ -284,13 +284,13 @@ def _measure_last(search: Search, dense: dict[Deployment, DenseTimes]) -> None:
     nothing, models, clock = LayerPlan.dense(len(search.trial.selects)), search.models, search.clock
     best = sorted(search.attempts, key=search.order)[:FINALISTS]
     hosts = [host for plan, host in search.ms if plan == nothing]
-    hosts.sort(key=lambda host: (host != best[0].engine.dense_host, search.ms[nothing, host].value))
+    hosts.sort(key=lambda host: (host != best[0].deployment.dense_host, search.ms[nothing, host].value))
     most = max(2, int(clock.remaining / max(1e-3, LAST_S * clock.took("timing"))))
     try:
         for host in hosts[: min(HOSTS, most - 1)]:
             dense[host] = search.ms[nothing, host], models.errors(nothing, host, search.trial, search.count)
         best = best[: max(1, most - len(dense))]
-        subjects = [*((one.plan, one.engine) for one in best), *((nothing, host) for host in dense)]
+        subjects = [*((one.plan, one.deployment) for one in best), *((nothing, host) for host in dense)]
         times = models.times(subjects, LAST_SHARE * clock.seconds / len(subjects))
     except BackendError as error:  # Several processes at once may be too many; earlier measurements stand.
         search.remarks.append(
@@ -305,9 +305,9 @@ def _measure_last(search: Search, dense: dict[Deployment, DenseTimes]) -> None:
 
 def _keep(whole: WholeModels, attempt: Attempt, target: Path) -> None:
     """Keep a bundle as the answer so far."""
-    bundle = whole.bundle(attempt.plan, attempt.engine)
-    if attempt.engine.is_here:  # Before copying, so that `target` is complete when it appears.
-        remember_execution(bundle, attempt.engine.backend, attempt.engine.compute_precision)
+    bundle = whole.bundle(attempt.plan, attempt.deployment)
+    if attempt.deployment.is_here:  # Before copying, so that `target` is complete when it appears.
+        remember_execution(bundle, attempt.deployment.backend, attempt.deployment.compute_precision)
     with replace_folder(target) as folder:
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
 
@@ -320,20 +320,20 @@ def _result(
     nothing = LayerPlan.dense(len(search.trial.selects))
     drifts = {host: ms.value / search.ms[nothing, host].value for host, (ms, _) in dense.items()}
 
-    def drift(engine: Deployment) -> float:
-        return drifts.get(engine.dense_host, fmean(drifts.values()) if drifts else 1.0)
+    def drift(deployment: Deployment) -> float:
+        return drifts.get(deployment.dense_host, fmean(drifts.values()) if drifts else 1.0)
 
     def candidate(attempt: Attempt) -> Candidate:
         return Candidate(
             merge=merge_text(attempt.plan.merge),
             keep=keep_text(attempt.plan.short_keep),
-            **attempt.engine._asdict(),
+            **attempt.deployment._asdict(),
             fidelity=1 - fmean(attempt.errors),
             check_fidelity=1 - fmean(attempt.reserved),
             predicted_fidelity=1 - attempt.predicted[0],
-            predicted_ms=attempt.predicted[1] * drift(attempt.engine),
+            predicted_ms=attempt.predicted[1] * drift(attempt.deployment),
             ms=attempt.ms,
-            file_bytes=search.models.file_bytes(attempt.plan, attempt.engine),
+            file_bytes=search.models.file_bytes(attempt.plan, attempt.deployment),
         )
 
     dense_rows = [
@@ -355,9 +355,10 @@ def _result(
     dense_rows.sort(key=lambda one: one.ms.value)
     remarks = [*search.remarks, *remarks_on(search, best)]
     if dense_rows and dense_rows[0].ms.value <= best.ms.value:
-        dense_text = f"{dense_rows[0].ms.value:.1f} ms in {dense_rows[0].engine}"
+        dense_text = f"{dense_rows[0].ms.value:.1f} ms in {dense_rows[0].deployment}"
         remarks.append(
-            f"Dense is faster here: {dense_text}. A sparse model of this size gains nothing on this machine."
+            f"The dense model is at least as fast: {dense_text}"
+            f"{' (estimated)' if request.board else ''}. Use the dense model, or a larger --img-size."
         )
     met = search.bounded(best) <= search.limit if bound.by_fidelity else best.ms.value <= bound.value
     tried = [search.trial.paths[number] for number in search.trial.selection]
@@ -369,7 +370,7 @@ def _result(
         board=None if request.board is None else request.board.name,
         images={use: [path.name for path in paths] for use, paths in images.items()},
         minutes=options.minutes,
-        seconds=round(search.clock.gone, 1),
+        seconds=round(search.clock.elapsed_s, 1),
     )
     front = ParetoFront(
         points=_points(search, drift),
@@ -377,7 +378,7 @@ def _result(
         answer=finalists[0] if met else Unavailable(why),
         check=_check(search, best),
         dense=dense_rows,
-        left_out=request.unavailable | {str(engine): why for engine, why in search.excluded.items()},
+        left_out=request.unavailable | {str(deployment): why for deployment, why in search.excluded.items()},
         remarks=remarks,
     )
     samples = {
@@ -387,13 +388,13 @@ def _result(
     file = Subject(
         path=subject.path or Unavailable("it was in memory"),
         name=subject.student.name,
-        sha256=bundle_hash(search.models.bundle(best.plan, best.engine)),
+        sha256=bundle_hash(search.models.bundle(best.plan, best.deployment)),
     )
     return SearchResult("search", [file], method, samples | {"check": [1 - lost for lost in best.reserved]}, front)
 
 
 def _check(search: Search, best: Attempt) -> Quantity:
-    """Return the fidelity of the answer on held-out images; the selection images tell how much images differ."""
+    """Return the fidelity of the answer on held-out images; its spread is estimated from all images of the search."""
     least = search.trial.least
     shape = (max(fmean(best.errors), least) / max(stdev(best.errors), least)) ** 2  # Shape of a gamma distribution.
     mean_error = skewed_mean(best.reserved, min(1.0, shape))
@@ -404,7 +405,7 @@ def _check(search: Search, best: Attempt) -> Quantity:
 def _points(search: Search, drift: Callable[[Deployment], float]) -> list[Point]:
     plans, latencies = sorted(search.errors, key=search.mean), search.latencies
     rows = [
-        (search.mean(plan), *(latency.of(plan) * drift(engine) for engine, latency in latencies.items()))
+        (search.mean(plan), *(latency.of(plan) * drift(deployment) for deployment, latency in latencies.items()))
         for plan in plans
     ]
     return [

@@ -14,7 +14,7 @@ ANSWER = "#1e8449"
 
 
 def draw_pareto_front(result: SearchResult, path: Path) -> None:
-    """Draw 1 - fidelity over milliseconds in the answer's engine: predicted for plans, measured for the rest.
+    """Draw 1 - fidelity over milliseconds in the answer's deployment: predicted for plans, measured for the rest.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -27,11 +27,11 @@ def draw_pareto_front(result: SearchResult, path: Path) -> None:
     answer, fastest = front.finalists[0], min((one.ms.value for one in front.dense), default=None)
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    engine = str(answer.engine)
-    points = [(p.predicted_ms[engine], 1 - p.fidelity) for p in front.points if engine in p.predicted_ms]
+    deployment = str(answer.deployment)
+    points = [(p.predicted_ms[deployment], 1 - p.fidelity) for p in front.points if deployment in p.predicted_ms]
     if points:
         ms, lost = zip(*points, strict=True)
-        axes.scatter(ms, lost, s=14, color=PLANS, label=f"plans, predicted in {engine}")
+        axes.scatter(ms, lost, s=14, color=PLANS, label=f"plans, predicted in {deployment}")
         best: list[tuple[float, float]] = []
         for point in sorted(points):
             if not best or point[1] < best[-1][1]:
@@ -63,4 +63,4 @@ def draw_pareto_front(result: SearchResult, path: Path) -> None:
 
 
 def _caption(one: Candidate) -> str:
-    return f"{one.ms.value:.1f} ms, {one.engine}"
+    return f"{one.ms.value:.1f} ms, {one.deployment}"

@@ -44,7 +44,7 @@ TOKENS = "tokens"
 LEAST_RUNS = 7
 """Minimum number of runs per graph."""
 LEAST_S = 0.05
-"""Minimum seconds per graph. Besides the reference, whose threads rest by then, only one session is open at a time."""
+"""Minimum seconds per graph."""
 Key = TypeVar("Key")
 
 
@@ -54,7 +54,7 @@ class Piece(NamedTuple):
     Attributes:
         model: The graph.
         feed: Its inputs.
-        stored: Weight precision of its linear layers, if it is not the backend's own.
+        stored: Weight precision of the graph: "int8", or None for float32.
     """
 
     model: onnx.ModelProto
@@ -111,7 +111,7 @@ def linear_pieces(
 
 @functools.lru_cache(maxsize=32)
 def merging_piece(geometry: HeadGeometry, prefix: int, window: int, patches: int, width: int, whole: int) -> Piece:
-    """Return a graph that merges an eighth of the patches, the same for all engines; `whole` is the image's number."""
+    """Return a graph that merges an eighth of the patches; `whole` is the number of patches of the image."""
     tokens, channels = prefix + patches, 3 * geometry.heads * geometry.dim
     feed: dict[str, Array] = {
         "values": _random(1, tokens, width),
@@ -168,7 +168,7 @@ def _random(*shape: int) -> Array:
 
 
 _times: dict[tuple[Execution, str], float] = {}
-"""Cache of this process: engines that differ only in their linear layers share attention."""
+"""Cache of this process: deployments that differ only in their linear layers share attention."""
 _nominal: dict[Execution, float] = {}
 """Milliseconds of the first reference in each execution; all times are relative to it."""
 GROUP = 6
@@ -181,6 +181,7 @@ def piece_times(
     """Return the milliseconds of each graph alone in a CPU backend; equal graphs are measured once.
 
     A reference, the first graph, is measured again every few graphs, which cancels changes of the machine's speed.
+    Besides its session, only one is open at a time.
 
     Raises:
         MissingExtraError: The backend is not installed.
@@ -221,7 +222,7 @@ def _hash(piece: Piece) -> str:
 
 
 def _opened(piece: Piece, execution: Execution, stack: contextlib.ExitStack) -> Callable[[], float]:
-    """Return a function that measures a graph's milliseconds as the faster quartile of its runs.
+    """Return a function that measures a graph's milliseconds as the lower quartile of its run times.
 
     Other work on the machine only makes runs slower.
     """

@@ -31,7 +31,7 @@ def remarks_on(search: Search, answer: Attempt) -> list[str]:
         )
     if search.bound.by_fidelity and fmean(answer.reserved) > search.limit:
         remarks.append(
-            "On the held-out images the fidelity is below the bound: images differ that much. Give more of them."
+            "On the held-out images the fidelity is below the bound, because your images vary a lot. Give more images."
         )
     size = search.models.student_of(answer.plan).img_size
     duplicates = len(paths) - len({hashlib.sha256(path.read_bytes()).digest() for path in paths})
@@ -39,7 +39,7 @@ def remarks_on(search: Search, answer: Attempt) -> list[str]:
         remarks.append(f"{duplicates} images are duplicates and add no information.")
     small = [path for path in paths if min(open_image(path).size) < SMALL * min(height_width(size))]
     if small:
-        remarks.append(f"{_names(small)}: less than half of the model's image size.")
+        remarks.append(f"{_names(small)}: smaller than half of the model's image size. Use larger images.")
     errors = dict(zip(paths, [*answer.errors, *answer.reserved], strict=True))
     median_error = median(errors.values())
     outliers = [path for path in sorted(paths, key=lambda path: -errors[path]) if errors[path] > ODD * median_error]

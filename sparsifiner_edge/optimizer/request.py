@@ -1,4 +1,4 @@
-"""Request of a search: the bound, the engines, and the use of the images."""
+"""Request of a search: the bound, the deployments, and the use of the images."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Bound(NamedTuple):
 
 
 class SearchRequest(NamedTuple):
-    """Request of a search: bound, engines and images.
+    """Request of a search: bound, deployments and images.
 
     Attributes:
         bound: The bound.
         metric: One of `trial.FIDELITIES`, or a user's own.
         board: Board; None for this machine.
-        engines: Engines, the most promising first.
+        deployments: Deployments, the most promising first.
         unavailable: Backends that do not run here, with the reason.
         images: Images for calibration and selection.
         reserved: Held-out images for the check of bundles.
@@ -68,7 +68,7 @@ class SearchRequest(NamedTuple):
     bound: Bound
     metric: str
     board: Board | None
-    engines: list[Deployment]
+    deployments: list[Deployment]
     unavailable: dict[str, str]
     images: list[Path]
     reserved: list[Path]
@@ -143,20 +143,20 @@ def read_request(options: OptimizeOptions, data: str | Path | Sequence[str | Pat
     for precision in precisions:
         require(precision in choices, f"precision is {precision!r}.", f"Choose one of: {', '.join(choices)}.")
     if device is None:
-        usable = _engines_here(options.backends, options.compute_precisions, precisions or known)
+        usable = _deployments_here(options.backends, options.compute_precisions, precisions or known)
         return SearchRequest(bound, metric, None, *usable, *_split(data), options.fit)
     plain = not options.backends and not options.compute_precisions
     require(plain, "A board cannot be combined with a backend or a compute precision.", "Leave one of the two out.")
     stored = precisions or [precision for precision in known if precision in device.peaks]
     require(bool(stored), f"{device.name} does not support {' or '.join(known)}.", "Give --precision fp32.")
-    engines = [Deployment(device.name, precision) for precision in stored]
-    return SearchRequest(bound, metric, device, engines, {}, *_split(data), options.fit)
+    deployments = [Deployment(device.name, precision) for precision in stored]
+    return SearchRequest(bound, metric, device, deployments, {}, *_split(data), options.fit)
 
 
-def _engines_here(
+def _deployments_here(
     backends: Sequence[str], computes: Sequence[str], precisions: Sequence[str]
 ) -> tuple[list[Deployment], dict[str, str]]:
-    """Return the named engines, or all that run here; and what does not run here, with the reason."""
+    """Return the named deployments, or all that run here; and what does not run here, with the reason."""
     usable, unavailable = list[tuple[str, str]](), dict[str, str]()
     for name in backends or ON_PROCESSOR:
         backend = find_backend(Execution(backend=name))
@@ -178,10 +178,16 @@ def _engines_here(
                 unavailable[name if computed == "auto" else f"{name} in {computed}"] = error.what
                 if computed == "auto":  # The backend does not run here at all.
                     break
-    require(bool(usable), f"No backend runs here: {' '.join(unavailable.values())}", "Leave --compute-precision out.")
-    engines = [Deployment(name, stored, computed) for name, computed in usable for stored in precisions]
+    require(
+        bool(usable),
+        f"No backend runs here: {' '.join(unavailable.values())}",
+        "Leave out --compute-precision if you gave it; otherwise "
+        "`sparsifiner-edge doctor` shows how to install a backend.",
+    )
+    deployments = [Deployment(name, stored, computed) for name, computed in usable for stored in precisions]
     order = sorted(
-        engines, key=lambda x: (PROMISING.index(x.compute_precision), x.precision != "int8", x.backend != "openvino")
+        deployments,
+        key=lambda x: (PROMISING.index(x.compute_precision), x.precision != "int8", x.backend != "openvino"),
     )
     return order, unavailable
 

@@ -26,7 +26,7 @@ PRICES = (1e-3, 1e9)
 
 
 class Solver:
-    """Finds plans for one engine.
+    """Finds plans for one deployment.
 
     Args:
         latency: Latency model.
@@ -78,7 +78,10 @@ class Solver:
         return self._bisect(dense, lambda plan: plan.is_dense or self.model.of(plan) <= error, dearer=False)
 
     def _bisect(self, best: LayerPlan, fits: Callable[[LayerPlan], bool], dearer: bool) -> LayerPlan:
-        """Return the last plan that fits on the way to the highest or lowest price that gives one."""
+        """Bisect the price; return the plan at the highest price that fits if `dearer`, else at the lowest.
+
+        If no plan fits, `best` is returned.
+        """
         low, high = (math.log(price) for price in PRICES)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2

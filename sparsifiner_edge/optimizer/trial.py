@@ -29,15 +29,15 @@ COSINES = ("patches", "class")
 FIDELITIES = (*COSINES, MAPS)
 """Metrics with the dense model as reference, 1 at best: the cosines, and the IoU of a dense map at .5."""
 ROUNDING = 1e-7
-"""Smallest error that counts for cosines."""
+"""Floor of the error for cosines: smaller errors are set to it."""
 COARSE = 1e-3
-"""Smallest error that counts for other metrics, which may be 0 for many images."""
+"""Floor of the error for other metrics, which may be 0 for many images."""
 ErrorFunction: TypeAlias = Callable[[int, Prediction], float]
 """(number of the image, answer) -> 1 - fidelity."""
 
 
 def least_error(metric: str) -> float:
-    """Return the smallest error that counts."""
+    """Return the floor of the error: smaller errors are set to it."""
     return ROUNDING if metric in COSINES else COARSE
 
 
@@ -109,7 +109,7 @@ MOST_REMEMBERED = 1 << 30
 
 
 class Trial:
-    """A model whose layers all have predictors, and the dense model's answers to the images.
+    """A model with predictors in the layers that may be sparse, and the dense model's outputs for the images.
 
     Args:
         student: The model.
@@ -122,7 +122,7 @@ class Trial:
         paths: The images.
         selection: Places of the selection images; at first all.
         patches: Number of patches of the backbone.
-        least: Smallest error that counts.
+        least: Floor of the error; see `least_error`.
         selects: By layer, whether it has a predictor; a layer without one stays dense.
     """
 
@@ -156,7 +156,7 @@ class Trial:
         return errors
 
     def _by_dense_layers(self, count: int) -> list[list[Tensor]]:
-        """Return the outputs of the first layers by image while they are dense, so that plans need not run them again.
+        """Return, by image, the cached outputs of the first `count` layers, which are dense in the plan.
 
         Empty if that takes more memory than `MOST_REMEMBERED`.
         """

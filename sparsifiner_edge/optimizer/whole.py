@@ -41,7 +41,7 @@ QUICK = Rules(seconds=0.4, min_queries=8, blocks=8, max_seconds=8.0)
 WARM_UP_S = 0.8
 """Maximum warm-up in seconds."""
 THOROUGH = Rules(seconds=2.0, min_queries=10, blocks=10, max_seconds=60.0)
-"""Rules for the last timing. With ten blocks, the second lowest and highest bound a median at 95 %."""
+"""Rules for the last timing. With ten blocks, the second lowest and second highest value bound the median at 95 %."""
 
 
 class WholeModels:
@@ -49,7 +49,7 @@ class WholeModels:
 
     Args:
         folder: Folder for the bundles.
-        student: The model, which others change meanwhile.
+        student: The model; the search changes its settings of keep and merge in place.
         dense_model: The dense model.
         images: Images for int8 calibration.
         board: Board whose times are estimated; None measures here.
@@ -90,13 +90,13 @@ class WholeModels:
     def _dense_calibration(self) -> Path:
         return link_images(self._folder / "few", evenly(self.images, DENSE_INT8_IMAGES))
 
-    def bundle(self, plan: LayerPlan, engine: Deployment) -> Path:
-        """Return the bundle of a plan for an engine.
+    def bundle(self, plan: LayerPlan, deployment: Deployment) -> Path:
+        """Return the bundle of a plan for a deployment.
 
         Raises:
             GateError: Its precision adds too much error.
         """
-        stored, dense_text = engine.precision, "the dense model in " * plan.is_dense
+        stored, dense_text = deployment.precision, "the dense model in " * plan.is_dense
         if (plan, stored) not in self._bundles:
             if plan not in self._floats:
                 with self._clock.step("export", f"exporting {dense_text or 'a plan in '}fp32"):
@@ -130,25 +130,25 @@ class WholeModels:
         set_budget(student.model, sparsity)
         return student
 
-    def file_bytes(self, plan: LayerPlan, engine: Deployment) -> int:
-        """Return the size of the file that an engine reads."""
-        return (self.bundle(plan, engine) / MODEL_FILE).stat().st_size
+    def file_bytes(self, plan: LayerPlan, deployment: Deployment) -> int:
+        """Return the size of the file that a deployment reads."""
+        return (self.bundle(plan, deployment) / MODEL_FILE).stat().st_size
 
-    def errors(self, plan: LayerPlan, engine: Deployment, trial: Trial, start: int = 0) -> list[float]:
-        """Return the errors of a plan's bundle in an engine, image by image from place `start` on.
+    def errors(self, plan: LayerPlan, deployment: Deployment, trial: Trial, start: int = 0) -> list[float]:
+        """Return the errors of a plan's bundle in a deployment, image by image from place `start` on.
 
         Raises:
             GateError: See `bundle`.
-            BackendError: The engine does not take the bundle.
+            BackendError: The deployment does not take the bundle.
         """
-        bundle = checked_bundle(self.bundle(plan, engine))
+        bundle = checked_bundle(self.bundle(plan, deployment))
         with (
-            self._clock.step("evaluating", f"evaluating a plan in {engine}"),
-            session_on(bundle, engine.execution) as session,
+            self._clock.step("evaluating", f"evaluating a plan in {deployment}"),
+            session_on(bundle, deployment.execution) as session,
         ):
             return trial.errors_of(session.infer, start)
 
-    def ms(self, plan: LayerPlan, engine: Deployment) -> Quantity:
+    def ms(self, plan: LayerPlan, deployment: Deployment) -> Quantity:
         """Return milliseconds, measured in turn with the reference, or an estimate with its bounds.
 
         The reference is the first model that was timed. Times are relative to its first timing, whatever the machine's
@@ -158,17 +158,17 @@ class WholeModels:
             GateError: See `errors`.
             BackendError: See `errors`; or a process died or hung.
         """
-        bundle = self.bundle(plan, engine)
+        bundle = self.bundle(plan, deployment)
         if self._board is not None:
-            return _estimate(bundle, self._board, engine.precision)
-        with self._clock.step("timing", f"timing a full model in {engine}"), contextlib.ExitStack() as stack:
+            return _estimate(bundle, self._board, deployment.precision)
+        with self._clock.step("timing", f"timing a full model in {deployment}"), contextlib.ExitStack() as stack:
             if self._reference is None:
-                reference = self._open.enter_context(_side("reference", bundle, engine, self._clock))
+                reference = self._open.enter_context(_side("reference", bundle, deployment, self._clock))
                 self._reference = reference, _quick_ms([reference], self._clock)[0]
                 ms = self._reference[1]
             else:
                 reference, nominal = self._reference
-                side = stack.enter_context(_side("subject", bundle, engine, self._clock))
+                side = stack.enter_context(_side("subject", bundle, deployment, self._clock))
                 reference_ms, side_ms = _quick_ms([reference, side], self._clock)
                 ms = side_ms * nominal / reference_ms
             none = Unavailable("it was only measured briefly, in turn with a reference")
@@ -178,23 +178,23 @@ class WholeModels:
         """Return median milliseconds, measured in turn, each in its own process, or estimates with their bounds.
 
         Args:
-            subjects: Plans and engines.
+            subjects: Plans and deployments.
             most_s: Approximate maximum of seconds for each.
 
         Raises:
             GateError: See `ms`.
             BackendError: See `ms`.
         """
-        bundles = [(self.bundle(plan, engine), engine) for plan, engine in subjects]
+        bundles = [(self.bundle(plan, deployment), deployment) for plan, deployment in subjects]
         if self._board is not None:
-            return [_estimate(bundle, self._board, engine.precision) for bundle, engine in bundles]
+            return [_estimate(bundle, self._board, deployment.precision) for bundle, deployment in bundles]
         return whole_ms(bundles, self._clock, most_s)
 
 
 def whole_ms(
     bundles: Sequence[tuple[Path, Deployment]], clock: Clock, most_s: float = THOROUGH.max_seconds
 ) -> list[Quantity]:
-    """Return median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
+    """Return median milliseconds of bundles in deployments of this machine; see `WholeModels.times`."""
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(_side(str(n), *bundle, clock)) for n, bundle in enumerate(bundles)]
         most_s = max(1.0, min(most_s, clock.remaining / len(sides)))
@@ -211,9 +211,9 @@ def _quick_ms(sides: Sequence[MeasuredSide], clock: Clock) -> list[float]:
 
 
 @contextlib.contextmanager
-def _side(role: str, bundle: Path, engine: Deployment, clock: Clock) -> Iterator[MeasuredSide]:
+def _side(role: str, bundle: Path, deployment: Deployment, clock: Clock) -> Iterator[MeasuredSide]:
     """Open a bundle in its own process, loaded and warmed up."""
-    with open_side(role, bundle, engine.execution, clock.tell) as side:
+    with open_side(role, bundle, deployment.execution, clock.tell) as side:
         warm_up(side, clock.tell, WARM_UP_S)
         yield side
 
@@ -232,18 +232,19 @@ def link_images(folder: Path, images: Sequence[Path]) -> Path:
 
 
 class Attempt(NamedTuple):
-    """A plan that became a bundle in an engine.
+    """A plan that became a bundle in a deployment.
 
     Attributes:
         ms: Milliseconds relative to the reference, or of the last measurement in turn with the dense model.
-        errors: Errors of the selection images, then of the other images for the search.
+        errors: Error of each image of the search, in the order of `Trial.paths`.
         reserved: Errors of the held-out images.
-        predicted: Error and milliseconds predicted before it was measured; for a first plan its own.
+        predicted: Error and milliseconds predicted before it was measured; the measured ones if there was no
+            prediction.
         again: True if it was measured again at the end.
     """
 
     plan: LayerPlan
-    engine: Deployment
+    deployment: Deployment
     ms: Quantity
     errors: list[float]
     reserved: list[float]

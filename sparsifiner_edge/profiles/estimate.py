@@ -235,8 +235,8 @@ def _kernels(manifest: Manifest, board: Board, release: JetPack | None) -> tuple
         refused = partial[0].refused
         return "portable", f"{len(refused)} nodes have no kernels: {next(iter(refused.values()))}"
     if table_file(board.sm) in manifest.files:
-        return "native", f"the bundle carries kernels compiled for SM {board.sm}"
-    return "portable", f"the bundle carries no kernels compiled for SM {board.sm}"
+        return "native", f"the bundle carries kernels compiled for sm_{board.sm}"
+    return "portable", f"the bundle carries no kernels compiled for sm_{board.sm}"
 
 
 def why_no_kernels(release: JetPack | None) -> str | None:
@@ -371,5 +371,5 @@ def _energy(board: Board, latency: _Bounds) -> Quantity | Unavailable:
     low, high = board.idle_w * latency[0], board.tdp_w * latency[2]
     how = f"from {board.idle_w:.3g} W when idle (0: unknown) to {board.tdp_w:.3g} W"
     if high > ENERGY_RANGE * low:
-        return Unavailable(f"unknown: no sourced power figure narrow enough: {how}")
+        return Unavailable(f"not estimated: the range {how} is too wide")
     return _quantity((low, (low * high) ** 0.5, high), 1.0, how)

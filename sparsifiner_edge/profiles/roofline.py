@@ -100,20 +100,20 @@ larger, because the peaks of a CPU are rarely known that well.
 
 
 KERNEL_SHARE = {80: 0.25, 86: 0.7, 87: 0.4, 89: 0.5, 90: 0.15, 100: 0.15, 110: 0.14, 120: 0.4}
-"""Arithmetic throughput of our CUDA kernels relative to dense attention, by SM.
+"""Arithmetic throughput of our CUDA kernels relative to dense attention, by compute capability (87: 8.7).
 
 These are judgements for about a thousand tokens and a tenth of the keys. The kernels gather keys, and the fastest
 tensor cores (SM 90 and 110) wait for that.
 """
 SHARED_READS = {90: 1, 100: 1}
-"""Times that the kernel `attend` reads the data that it copied to shared memory, by SM.
+"""Times that the kernel `attend` reads the data that it copied to shared memory, by compute capability.
 
-On all other SMs, each of its four warps reads them once.
+On all others, each of its four warps reads them once.
 """
 SHARED_CLOCK_BYTES = 128
 """Bytes of shared memory that a multiprocessor moves per clock."""
 CORES_OF_SM = {75: 64, 80: 64}
-"""Number of CUDA cores per multiprocessor, by SM; 128 for all other SMs."""
+"""Number of CUDA cores per multiprocessor, by compute capability; 128 for all others."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Note(NamedTuple):
 
 Block: TypeAlias = Strips | Table | Note
 Section: TypeAlias = tuple[str, Sequence[Block]]
-"""Name, which leads to title and introduction, and the blocks below the heading."""
+"""Key of the section's title and introduction in `texts.json`, and its blocks."""
 
 
 def strips(title: str, x_title: str, sides: Sequence[tuple[str, LatencySamples, dict[str, float]]]) -> Strips:

@@ -76,7 +76,7 @@ def search_section(data: ReportData) -> Section:
         models = [(f"merge {one.merge}, keep {one.keep}", one) for one in front.finalists]
         models += [(texts("search.dense"), one) for one in front.dense]
         rows = [
-            [clean(name), clean(one.engine), f"{one.fidelity:.4f}", texts.figure(one.ms)]
+            [clean(name), clean(one.deployment), f"{one.fidelity:.4f}", texts.figure(one.ms)]
             for name, one in models[:MAX_ROWS]
         ]
         blocks.append(Table(texts.heads("search", ("model", "engine", "fidelity", "ms")), rows, file.name))

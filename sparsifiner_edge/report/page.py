@@ -59,7 +59,7 @@ def write_report(
 
     Raises:
         ArtifactError: A file is no result that the page shows, is of another version, or holds impossible values; or
-            the disk refuses.
+            the file cannot be written.
         ConfigError: There is no result, or no such language.
         ImageError: A picture is not an image, or too large.
         MissingExtraError: jinja2 is not installed.

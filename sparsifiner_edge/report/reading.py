@@ -37,9 +37,7 @@ FORMS: dict[str, type[Result]] = {
 }
 """Kind of result -> its type."""
 CHOSEN = ("backend", "precision", "device", "threads")
-"""Conditions that are chosen together with a model: sides of one run may differ in them, sides of several runs in the
-first two.
-"""
+"""Conditions that may differ in a comparison: all between the two sides of one run, the first two between runs."""
 GREATEST = 1e30
 """Maximum magnitude of a number: nothing measured comes near it, and computing beyond it would overflow."""
 LEAST_MS = 1e-9
@@ -155,7 +153,7 @@ def unlike(one: Side, other: Side) -> dict[str, list[str]]:
 
 
 def forbids(one: Side, other: Side) -> set[str]:
-    """Return the conditions in which sides must not differ to be compared."""
+    """Return the conditions in which two sides differ and that forbid comparing them."""
     return unlike(one, other).keys() - (CHOSEN if one.file is other.file else CHOSEN[:2])
 
 

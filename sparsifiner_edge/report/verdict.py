@@ -140,7 +140,7 @@ def _search(file: ResultFile[SearchResult], texts: Texts) -> Iterator[str]:
         yield texts(
             "verdict.search" if file.result.method.board is None else "verdict.search_board",
             ms=texts.figure(answer.ms, "ms"),
-            engine=clean(answer.engine),
+            engine=clean(answer.deployment),
             dense=texts.figure(least, "ms"),
             fidelity=f"{answer.fidelity:.4f}",
         )

@@ -36,7 +36,7 @@ BF16_TOLERANCE = 5e-2
 
 The error measured on DINOv2 in bf16 is 0.008.
 """
-BF16_TOLERANCE_FREE = 1e-1
+BF16_TOLERANCE_SELECTING = 1e-1
 """Golden tolerance of a model that selects keys in bf16 or fp16, relative to the output's range.
 
 It is larger than `BF16_TOLERANCE` because rounding can change which keys are selected. The error measured on DINOv2 in
@@ -248,6 +248,7 @@ def native_library(kernels: str, float16: bool = False) -> Path | None:
         raise BackendError(f"The native library cannot be used: {error}.", _UNSET) from error
     if reason and kernels == "native":
         raise BackendError(
-            f"The native library {reason}.", "Or leave --kernels native and --compute-precision bf16 out."
+            f"The native library {reason}.",
+            "To run without it, leave --kernels native or --compute-precision bf16 out.",
         )
     return None if reason else native.library_path()

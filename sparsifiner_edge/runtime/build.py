@@ -188,8 +188,8 @@ def _require_same(manifest: Manifest, bundle: Bundle) -> None:
 def _with_engines(manifest: Manifest, engines: Sequence[Engine], bundle: Bundle) -> Manifest:
     """Return the manifest with engines added and earlier engines of the same names removed.
 
-    The bundle becomes intended for the backend of the engines. Only if none of the engines runs on this machine does
-    an intended backend that is already set stay.
+    The backend of the engines becomes the bundle's preferred one (`intended`), which "auto" takes. An earlier
+    preference is kept only if none of the engines could run on this machine.
     """
     _require_same(manifest, bundle)
     names = {engine.name for engine in engines}

@@ -68,7 +68,7 @@ class Driver:
         reason = "CUDA reports version 0"
         try:
             version = int(self.call("to read the driver's version", "cudaDriverGetVersion"))
-        except RuntimeError as error:  # No libcuda.so: cuda-python up to 12.8, and again since it has a path finder.
+        except RuntimeError as error:  # Without libcuda.so, in some versions.
             version, reason = 0, one_line(error, 200)
         if version == 0:
             raise BackendError(f"No NVIDIA driver ({self.package}: {reason}).", _FIXES["InsufficientDriver"])

@@ -21,7 +21,7 @@ from sparsifiner_edge.machine import has_int8_products, package_version
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.backend import (
-    BF16_TOLERANCE_FREE,
+    BF16_TOLERANCE_SELECTING,
     ProcessorBackend,
     import_package,
     native_library,
@@ -148,7 +148,7 @@ class _OrtSession(Session):
         if not halves:
             require_precision(execution.compute_precision, computed, "ONNX Runtime")
         bfloat16 = halves and any(name.endswith("Attention") for name in file.names)
-        self.least_tolerance = BF16_TOLERANCE_FREE if bfloat16 else 0.0
+        self.least_tolerance = BF16_TOLERANCE_SELECTING if bfloat16 else 0.0
         options = session_options(execution.cores, bfloat16)
         start = time.perf_counter_ns()
         session = inference_session(content, options, file.library, model, cuda=not on_cpu)

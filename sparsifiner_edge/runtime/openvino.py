@@ -35,7 +35,7 @@ from sparsifiner_edge.ops.native.interface import Operators, require_valid
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.runtime.backend import (
     BF16_TOLERANCE,
-    BF16_TOLERANCE_FREE,
+    BF16_TOLERANCE_SELECTING,
     ProcessorBackend,
     import_package,
     read_file,
@@ -125,7 +125,7 @@ class _OpenVinoSession(Session):
         graph, file = read_file(content, model, execution.kernels)
         self.least_tolerance = 0.0
         if precision != "fp32":
-            self.least_tolerance = BF16_TOLERANCE_FREE if file.names else BF16_TOLERANCE
+            self.least_tolerance = BF16_TOLERANCE_SELECTING if file.names else BF16_TOLERANCE
         ours = sorted(file.names & set(NATIVE)) if file.library else []
         if ours and precision == "fp16":  # The layers around these ops would need float16, but the ops return float32.
             what = f"OpenVINO cannot run {ours[0]} in fp16."

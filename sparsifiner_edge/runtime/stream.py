@@ -135,7 +135,7 @@ _OLDEST = 4
 
 The unchanged patches among them show how far the others have drifted, because the drift follows the global context.
 """
-_STILL = 1e-3
+_CHANGE_FLOOR = 1e-3
 """Constant added to the change of each patch, so that patches without any change are chosen by their age."""
 _TOO_LITTLE = 1e-4
 """Error below which the scale of the estimate is not adjusted, because the ratio of such errors is meaningless."""
@@ -514,7 +514,7 @@ class Stream:
         patches that were already computed in this frame.
         """
         ages, count = self._state.ages, max(1, round(share * len(change)))
-        score = (change + _STILL) * np.sqrt(ages + 1)
+        score = (change + _CHANGE_FLOOR) * np.sqrt(ages + 1)
         score[np.argsort(-ages, kind="stable")[: max(count // _OLDEST, count > 1)]] = np.inf
         score[ages == 0] = -1.0
         return np.sort(np.argsort(-score, kind="stable")[:count])

@@ -231,7 +231,7 @@ def test_only_what_a_key_signed_runs(cells: Path, keys: Path, pictures: Path, tm
         ("copy.mp4", "--overlay", "copy.mp4", "is an input"),
         ("test", "--output", "bundle/manifest.json", "is in the bundle"),
         ("copy.mp4", "--overlay", "a.txt", "is not a supported video file"),
-        ("album", "--overlay", "o.mp4", "--overlay cannot be combined"),
+        ("album", "--overlay", "o.mp4", "--overlay (option 'overlay') applies only to videos and cameras"),
         ("film.mp4", "--overlay", "o.mp4", "film.mp4 does not exist"),
         ("test", "--metrics", "x", "The port of x is x"),
     ],

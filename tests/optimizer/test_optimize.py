@@ -140,7 +140,7 @@ def test_a_board_is_estimated_and_its_page_says_so(folder: Path, tiny_weights: P
     )
     assert answer.ms.value == pytest.approx(said.value)
     assert answer.predicted_ms == pytest.approx(answer.ms.value, rel=0.1)
-    assert any("Dense is faster here" in remark for remark in within.statistics.remarks)
+    assert any("The dense model is at least as fast" in remark for remark in within.statistics.remarks)
     for language, words in (("en", "None of them was measured."), ("ja", "実測値は含まれません")):
         write_report([out / "front.json"], out / "page.html", language=language)
         assert words in (out / "page.html").read_text()
@@ -296,10 +296,10 @@ def test_an_engine_that_refuses_the_model_is_left_out_and_said(
     with whole.WholeModels(tmp_path, student, dense, request.images, None, clock) as models:
         search = Search(request, trial, models, clock, 3, kept.append)
         plan = first_plan(search)
-        assert search.excluded == dict.fromkeys(request.engines[:1], "It runs in fp32, not fp16.")
-        assert [str(found.engine) for found in search.attempts] == ["onnxruntime, fp32"]
+        assert search.excluded == dict.fromkeys(request.deployments[:1], "It runs in fp32, not fp16.")
+        assert [str(found.deployment) for found in search.attempts] == ["onnxruntime, fp32"]
         assert search.attempts == kept
         refusing.append("onnxruntime")
         search.attempts.clear()
         with pytest.raises(BackendError, match="not fp16"):
-            search.try_out(plan, request.engines[1])
+            search.try_out(plan, request.deployments[1])

@@ -172,7 +172,12 @@ CARD = {"name": "NVIDIA A2", "sm": (8, 7), "integrated": False}
         ("10.3", {"kernels": False}, ONE, "the bundle has no kernels for NVIDIA A2; export it with --board"),
         ("10.9", {"kernels": False}, ONE, "the bundle has no kernels for NVIDIA A2; export it with --board"),
         ("10.9", {"shared": (48 << 10) + 16}, ONE, "a kernel takes 48 KiB of shared memory, and more than 48"),
-        ("10.9", {}, None, r"it takes one batch size, not 1 to 8: .*issue 4849\); give one --batch"),
+        (
+            "10.9",
+            {},
+            None,
+            r"an engine with these kernels takes one batch size, not 1 to 8, .*issues/4849\); give --batch SIZE",
+        ),
     ],
 )
 def test_a_plugin_that_is_not_possible_says_why(tmp_path, bundle, machine, version, kernels, batch, message):

@@ -48,7 +48,7 @@ _SCOPE = re.compile(r"(?:model\.)?blocks\.(\d+)\.(?:(.*)\.)?[^.]*")
 """Node name of a layer: index of the block, module within the block, and operator."""
 _PROJECTIONS = ("qkv", "proj", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate")
 """Names of an attention module's linear layers."""
-_FIX = "The other results are not affected."
+_FIX = "Times per layer are left out; all other results are valid."
 Trace = list[dict[str, Any]]
 """Events of ONNX Runtime's profiler."""
 

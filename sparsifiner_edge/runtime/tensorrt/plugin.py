@@ -57,8 +57,9 @@ def why_not(trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange | No
         )
     if batch and batch.least != batch.most:
         return (
-            f"it takes one batch size, not {batch.least} to {batch.most}: TensorRT reloads its kernels at each change "
-            "and leaks the old ones (issue 4849); give one --batch"
+            f"an engine with these kernels takes one batch size, not {batch.least} to {batch.most}, because "
+            "TensorRT leaks kernels whenever the size changes "
+            "(https://github.com/NVIDIA/TensorRT/issues/4849); give --batch SIZE"
         )
     return None
 
