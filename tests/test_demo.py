@@ -42,6 +42,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("demo")
 
 
+@pytest.mark.everything
 @pytest.mark.long
 def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vars(demo).update(MODEL="tests.test_demo:saliency", SIZE=160, AT_LEAST=0.8)

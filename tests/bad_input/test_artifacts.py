@@ -211,6 +211,7 @@ def test_what_is_no_source_of_an_export(tmp_path: Path, tiny_bundle: Path, capsy
     export_refused(capsys, tmp_path / "nowhere", target, "nowhere does not exist", "docs/models.md")
 
 
+@pytest.mark.everything
 def test_selecting_more_keys_than_a_runtime_takes(tmp_path: Path, tiny_weights: Path, capsys: Capsys) -> None:
     student = tmp_path / "student"
     settings = ["--img-size", 1024, "--keep", "0.99"]

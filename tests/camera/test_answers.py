@@ -93,6 +93,7 @@ def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
 
 
+@pytest.mark.everything
 @pytest.mark.usefixtures("no_library")
 def test_kernels_that_are_not_installed_are_said_once(
     tiny_bundle: Path, cells: Path, video: Path, pictures: Path
