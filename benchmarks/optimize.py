@@ -171,7 +171,7 @@ def fidelities(folder: Path, answer: Candidate) -> list[float]:
     trial = Trial(student, dense_twin(student).model, published(), "patches")
     here = answer.deployment.execution if answer.deployment.is_here else None
     with se.open_session(folder / "out" / "bundle", here) as session:
-        return [1 - distance for distance in trial.distances_of(session.infer)]
+        return [1 - error for error in trial.errors_of(session.infer)]
 
 
 def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[str, str] | None) -> dict[str, Any]:
