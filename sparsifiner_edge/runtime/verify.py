@@ -170,8 +170,7 @@ def _golden(bundle: Bundle, execution: Execution) -> str:
         report, ran = check_golden(session, bundle), session.description
         stream = check_sequence(*session.opened_as) if session.opened_as else ""
     parts = (
-        f"{name}: difference {figures['range_relative_error']:.1e}, "
-        f"tolerance {figures['tolerance']:.0e}{beyond_text(figures)}"
+        f"{name} {figures['range_relative_error']:.1e} (at most {figures['tolerance']:.0e}){beyond_text(figures)}"
         for name, figures in report.items()
     )
-    return f"{', '.join(parts)} ({ran.chosen or ran.backend}){stream}"
+    return f"difference: {', '.join(parts)} ({ran.chosen or ran.backend}){stream}"
