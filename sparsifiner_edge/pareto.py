@@ -50,21 +50,25 @@ class Deployment(NamedTuple):
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """A plan that the search evaluated.
+    """A plan that the search measured in one deployment.
 
     Attributes:
         merge: As `export --merge` takes it.
         keep: As `export --keep` takes it.
-        fidelity: Mean over the selection images, in float32.
-        predicted_ms: Predicted latency by deployment.
-        pareto_optimal: True if no other plan is at least as good in fidelity and in every deployment's time, and better
-            in one.
+        deployment: The deployment.
+        fidelity: Mean over the selection images.
+        ms: Median latency of the whole model, or, if the plan was not timed itself, the value of a fit to all plans
+            that were; for a board an estimate.
+        timed: True if the plan itself was timed.
+        pareto_optimal: True if no other plan in this deployment is faster and at least as good.
     """
 
     merge: str
     keep: str
+    deployment: str
     fidelity: float
-    predicted_ms: dict[str, float]
+    ms: float
+    timed: bool
     pareto_optimal: bool
 
 
@@ -75,11 +79,9 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         backend: See `Deployment`.
         precision: See `Deployment`.
         compute_precision: See `Deployment`.
-        fidelity: Fidelity of the bundle, mean over the selection images; for the dense model over the held-out images.
-        check_fidelity: Mean over the held-out images.
-        predicted_fidelity: Prediction of a model that was fitted to all other plans; 1 for the dense model.
+        fidelity: Mean over the images of the search; for the dense model and levers over the held-out images.
+        held_out_fidelity: Mean over the held-out images.
         ms: Median latency of the whole model; for a board an estimate, as `ms.interval` states.
-        predicted_ms: Prediction from parts, corrected by the dense model's time; for the dense model its own time.
         file_bytes: Size of model.onnx.
     """
 
@@ -89,9 +91,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     precision: str
     compute_precision: str
     fidelity: float
-    check_fidelity: float
-    predicted_fidelity: float
-    predicted_ms: float
+    held_out_fidelity: float
     ms: Quantity
     file_bytes: int
 
@@ -101,14 +101,27 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         return Deployment(self.backend, self.precision, self.compute_precision)
 
 
+class Lever(msgspec.Struct, frozen=True, kw_only=True):
+    """A step from the dense model to the answer.
+
+    Attributes:
+        change: What was added to the step before.
+        candidate: The model with this and all earlier changes.
+    """
+
+    change: str
+    candidate: Candidate
+
+
 class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     """Method of a search.
 
     Attributes:
         board: Name of the board; None for this machine.
-        images: Names of the images by use.
+        images: Names of the images by use: "search", of which "selection" compares plans, and "held_out".
         minutes: Time limit.
         seconds: Time that the search took.
+        settled: True if the search ended because no change helped any more.
     """
 
     metric: str
@@ -118,6 +131,7 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     images: dict[str, list[str]]
     minutes: float
     seconds: float
+    settled: bool
 
 
 class ParetoFront(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,10 +139,13 @@ class ParetoFront(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         points: Plans in the order of fidelity.
-        finalists: Measured candidates, the answer first if there is one.
+        finalists: Exported candidates that were measured at the end, the answer first if there is one.
         answer: Candidate that keeps the bound.
-        check: Fidelity of the answer on images that were used neither for search nor for calibration.
-        dense: The dense model in the deployments of the finalists and in others that were tried, the fastest first.
+        check: Fidelity of the answer on the held-out images, which were not used for calibration. They only decide how
+            much the answer merges.
+        dense: The dense model in the deployments that were tried, the fastest first.
+        levers: What each change contributes, from the dense model to the answer; empty if there was no time.
+        unverified: Reasons why the answer must not be relied on, such as too few held-out images.
         left_out: Backends that do not run here and deployments whose precision drops too much, with the reason.
         remarks: Remarks on the images and on bounds that were not reached.
     """
@@ -138,12 +155,21 @@ class ParetoFront(msgspec.Struct, frozen=True, kw_only=True):
     answer: Known[Candidate]
     check: Known[Quantity]
     dense: list[Candidate]
+    levers: list[Lever]
+    unverified: list[str]
     left_out: dict[str, str]
     remarks: list[str]
 
+    @property
+    def speed_up(self) -> float | None:
+        """Times that the answer is as fast as the dense model in its fastest deployment; None if that was not timed."""
+        if not self.dense:
+            return None
+        return min(one.ms.value for one in self.dense) / self.finalists[0].ms.value
+
 
 class SearchResult(Result, frozen=True):
-    """Result of kind "search"; samples hold the fidelity of each image by plan ("merge | keep"), and "check"."""
+    """Result of kind "search"; samples hold the fidelity of each held-out image by deployment of the finalists."""
 
     method: SearchMethod
     samples: dict[str, list[float]]

@@ -23,7 +23,7 @@ from sparsifiner_edge.machine import Environment, Machine, environment, machine
 from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.text import dump_json
 
-RESULT_SCHEMA = 3
+RESULT_SCHEMA = 4
 """Version of the format of result files."""
 Kind = Literal[
     "profile",

@@ -113,6 +113,7 @@ def test_2_the_fastest_in_a_minute_and_3_as_it_was_found(desk: Path, tmp_path: P
     found = subprocess.run([SCRIPT, *line.split()], cwd=desk, capture_output=True, text=True, check=False)
     assert time.monotonic() - begun < 63
     assert (found.returncode, bool(PROGRESS.search(found.stderr))) == (0, True), found
+    assert re.match(r"\d+\.\d\d times faster than the dense model at a patch cosine of [01]\.\d{3} \(", found.stdout)
     for said in ("speed-up", "dense: onnxruntime, fp32", "sparse: onnxruntime, fp32", f"Answer: {out / 'bundle'}"):
         assert said in found.stdout
     assert (out / "front.png").read_bytes().startswith(b"\x89PNG")

@@ -31,7 +31,7 @@ def test_a_result_survives_the_disk(tmp_path):
     results.write_result(path, result)
     read = results.read_result(path)
     assert write_record(read) == write_record(result)
-    assert read.schema_version == 3
+    assert read.schema_version == 4
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", read.created)
     results.write_result(path, a_result(kind="evaluation", samples={"auroc": [1.0, None]}))
     assert results.read_result(path).samples == {"auroc": [1.0, None]}
@@ -47,7 +47,7 @@ def test_a_missing_or_mistyped_field_is_named_and_so_is_what_is_no_result(tmp_pa
         with pytest.raises(ArtifactError, match=f"{path}: {field} is 3, not"):
             results.read_result(path)
     path.write_text(json.dumps(content(schema_version=2)))
-    with pytest.raises(ArtifactError, match=r"schema 2; this version reads only 3"):
+    with pytest.raises(ArtifactError, match=r"schema 2; this version reads only 4"):
         results.read_result(path)
     path.write_text(json.dumps(content())[:-40])
     with pytest.raises(ArtifactError, match="cannot be read"):

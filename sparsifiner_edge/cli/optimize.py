@@ -12,6 +12,7 @@ import click
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.errors import pip_install
 from sparsifiner_edge.execution import ON_PROCESSOR
+from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import printable
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _STARTED = time.monotonic()
 """Start of the process. `--minutes` includes the time that Python needs to start."""
+_METRICS = {"patches": "a patch cosine of", "class": "a class cosine of", "maps": "an IoU of"}
+"""Names of the metrics in the headline."""
 
 
 @click.command()
@@ -94,35 +97,66 @@ def command(
 
     OUTPUT/bundle always holds the best bundle so far; the first one is there after about a fifth of the time.
     """
-    with common.progress_bar("starting") as progress:
+    with common.progress_bar("starting") as progress, stopping() as stop:
         import sparsifiner_edge as se
 
         optimize, elapsed_minutes = se.optimize, (time.monotonic() - _STARTED) / 60
         options |= {"minutes": max(0.01, minutes - elapsed_minutes), "fit": fit or "crop"}
         groups = common.group(options, model=se.ModelOptions, options=se.OptimizeOptions)
-        result = optimize(source, data, output, progress=progress, **groups)
+        result = optimize(source, data, output, progress=progress, stop=stop, **groups)
     common.print_result(result, as_json, lambda result: _print(result, output))
-    if isinstance(result.statistics.answer, Unavailable):
+    front = result.statistics
+    if isinstance(front.answer, Unavailable) or front.unverified:
         raise click.exceptions.Exit(1)
 
 
 def _print(result: SearchResult, output: Path) -> None:
-    front, board, count = result.statistics, result.method.board, len(result.method.images["checked"])
+    front, board, count = result.statistics, result.method.board, len(result.method.images["held_out"])
+    for reason in front.unverified:
+        click.echo(f"Not verified: {reason}")
+    click.echo(printable(headline(result), 300))
     fastest = min((one.ms.value for one in front.dense), default=None)
     rows = [_row(f"dense: {one.deployment}", one, fastest) for one in reversed(front.dense)]
     rows += [_row(f"sparse: {one.deployment}", one, fastest) for one in reversed(front.finalists)]
     title = "Full models, measured in turn" if board is None else f"Estimated for {board}, not measured"
-    common.print_table(title, ["", "ms", "speed-up", f"fidelity on {count} held out", "MB"], rows)
+    heads = ["ms", "speed-up", f"fidelity on {count} held out", "MB"]
+    common.print_table(title, ["", *heads], rows)
+    if front.levers:
+        first = front.levers[0].candidate
+        steps = [
+            _row(f"{lever.change} ({lever.candidate.deployment})", lever.candidate, first.ms.value)
+            for lever in front.levers
+        ]
+        common.print_table("What each change contributes, one after the other", ["", *heads], steps)
     for text in (f"Left out: {deployment}: {why:.160}" for deployment, why in front.left_out.items()):
         click.echo(text, err=True)
     for remark in front.remarks:
         click.echo(printable(remark, 500), err=True)
+    _print_next(result, output)
+
+
+def headline(result: SearchResult) -> str:
+    """Return the result in one sentence."""
+    front, metric = result.statistics, result.method.metric
+    if isinstance(front.answer, Unavailable):
+        return f"No answer: {front.answer.why}."
+    best, times = front.finalists[0], front.speed_up
+    fidelity = f"at {_METRICS.get(metric, metric)} {best.held_out_fidelity:.3f} ({best.deployment})"
+    estimated = " (estimated)" if result.method.board else ""
+    if times is None:
+        return f"{best.ms.value:.1f} ms{estimated} {fidelity}."
+    return f"{times:.2f} times faster than the dense model{estimated} {fidelity}."
+
+
+def _print_next(result: SearchResult, output: Path) -> None:
+    """Print where the answer is and which commands follow."""
+    front, board = result.statistics, result.method.board
     best = front.finalists[0]
     plan = f"--merge {best.merge} --keep {best.keep}, in {best.deployment}"
     if isinstance(front.answer, Unavailable):
-        click.echo(f"No answer: {front.answer.why}. The nearest plan is {output / 'bundle'}: {plan}", err=True)
+        click.echo(f"The nearest plan is {output / 'bundle'}: {plan}", err=True)
         return
-    click.echo(f"Answer: {output / 'bundle'} (last row): {plan}")
+    click.echo(f"Answer: {output / 'bundle'}: {plan}")
     if not isinstance(front.check, Unavailable) and isinstance(front.check.low, float):
         click.echo(f"Fidelity on images like the held-out ones: at least {front.check.low:.4f} (95 %).")
     if board is not None:
@@ -144,4 +178,4 @@ def _row(label: str, one: Candidate, fastest: float | None) -> list[str]:
     if isinstance(one.ms.low, float) and isinstance(one.ms.high, float):
         ms += f" ({one.ms.low:.1f} to {one.ms.high:.1f})"
     times = "" if fastest is None else f"{fastest / one.ms.value:.2f}"
-    return [label, ms, times, f"{one.check_fidelity:.4f}", f"{one.file_bytes / 1e6:.0f}"]
+    return [label, ms, times, f"{one.held_out_fidelity:.4f}", f"{one.file_bytes / 1e6:.0f}"]

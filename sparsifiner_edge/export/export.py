@@ -29,6 +29,7 @@ from sparsifiner_edge.export.fp16 import to_fp16
 from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import held_out_images, quantise
+from sparsifiner_edge.export.replan import replan
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.export.stream import stream_of, write_stream
 from sparsifiner_edge.export.user_call import UserFunction, compare_with_function
@@ -335,19 +336,27 @@ class FloatFile(NamedTuple):
     float16: Float16 | None = None
 
 
-def float_file(student: Student, tokens: bool, batch: int | None = 1) -> FloatFile:
+def float_file(
+    student: Student, tokens: bool, batch: int | None = 1, other: onnx.ModelProto | None = None
+) -> FloatFile:
     """Export a model to float32 and check it.
 
     Args:
         student: The sparse model.
         tokens: See `ExportOptions`.
         batch: Batch size; None for a dynamic one.
+        other: Float32 file of another plan of this model, for batch 1, from which the file is derived (`replan`).
 
     Raises:
         GateError: The file disagrees with torch.
     """
     deployed, size = deploy(student, tokens), student.img_size
-    model = export_graph(deployed, size, batch, deployed.output_names)
+    if other is None:
+        model = export_graph(deployed, size, batch, deployed.output_names)
+    else:
+        shape = model_shape(student.model)
+        plan = plan_of(student.sparsity, shape.depth, shape.patches)
+        model = replan(other, student.sparsity, plan, shape.patches, shape.prefix)
     return FloatFile(deployed, model, *check_export(model, deployed, size, (1, 3) if batch is None else (batch,)))
 
 

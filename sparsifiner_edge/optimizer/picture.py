@@ -1,20 +1,24 @@
-"""`front.png`: every evaluated plan, the dense model, and the answer."""
+"""`front.png`: the plans that were measured, the dense model, the bound and the answer."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sparsifiner_edge.errors import MissingExtraError
-from sparsifiner_edge.pareto import Candidate, SearchResult
+from sparsifiner_edge.pareto import SearchResult
 from sparsifiner_edge.text import printable
 
-PLANS = "#8aa1b8"
+PLANS = "#9fb3c8"
+FRONT = "#4a6785"
 DENSE = "#c0392b"
 ANSWER = "#1e8449"
+LEAST_ERROR = 3e-4
+"""Smallest error on the axis; the dense model lies there."""
 
 
 def draw_pareto_front(result: SearchResult, path: Path) -> None:
-    """Draw 1 - fidelity over milliseconds in the answer's deployment: predicted for plans, measured for the rest.
+    """Draw the error (1 - fidelity) over milliseconds.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -24,43 +28,40 @@ def draw_pareto_front(result: SearchResult, path: Path) -> None:
     except ImportError as error:
         raise MissingExtraError("matplotlib", "report") from error
     front, method = result.statistics, result.method
-    answer, fastest = front.finalists[0], min((one.ms.value for one in front.dense), default=None)
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    answer = front.finalists[0]
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    deployment = str(answer.deployment)
-    points = [(p.predicted_ms[deployment], 1 - p.fidelity) for p in front.points if deployment in p.predicted_ms]
+    points = [(point.ms, max(1 - point.fidelity, LEAST_ERROR)) for point in front.points]
     if points:
-        ms, lost = zip(*points, strict=True)
-        axes.scatter(ms, lost, s=14, color=PLANS, label=f"plans, predicted in {deployment}")
-        best: list[tuple[float, float]] = []
-        for point in sorted(points):
-            if not best or point[1] < best[-1][1]:
-                best.append(point)
-        axes.step(*zip(*best, strict=True), where="post", color=PLANS, linewidth=1)
-    shown = [(one, ANSWER, "answer" if n == 0 else "") for n, one in enumerate(front.finalists)]
-    shown += [(one, DENSE, "dense" if n == 0 else "") for n, one in enumerate(front.dense)]
-    floor = min([1 - one.fidelity for one in front.finalists] + [lost for _, lost in points]) / 3
-    for one, colour, label in shown:
-        place = one.ms.value, max(1 - one.fidelity, floor)
-        axes.scatter(*place, s=70 if label else 28, color=colour, marker="D" if colour == DENSE else "*", zorder=3)
-        if label:
-            axes.annotate(f"{label}: {_caption(one)}", place, textcoords="offset points", xytext=(7, 7), color=colour)
+        ms, errors = zip(*points, strict=True)
+        axes.scatter(ms, errors, s=16, color=PLANS, label=f"plans tried in {answer.deployment}")
+        best = sorted((p.ms, max(1 - p.fidelity, LEAST_ERROR)) for p in front.points if p.pareto_optimal)
+        axes.plot(*zip(*best, strict=True), color=FRONT, linewidth=1.2, label="Pareto front")
     for bound, line in ((method.at_least, axes.axhline), (method.at_most_ms, axes.axvline)):
         if bound is not None:
-            line(1 - bound if line == axes.axhline else bound, color="black", linewidth=0.8, linestyle=":")
-    times = "" if fastest is None else f": {fastest / answer.ms.value:.2f} times as fast as the dense model"
-    axes.set_title(f"{printable(str(result.subjects[0].name), 60)}{times}", fontsize=10)
-    axes.set(
-        yscale="log",
-        xlabel="milliseconds",
-        ylabel=f"error: 1 - fidelity ({printable(method.metric, 40)})",
-        xlim=(0, None),
-    )
-    axes.margins(x=0.18)
-    if points:
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+            value = 1 - bound if line == axes.axhline else bound
+            line(value, color="black", linewidth=0.9, linestyle=":", label=f"bound: {bound:g}")
+    for number, one in enumerate(front.dense):
+        label = f"dense: {one.ms.value:.1f} ms, {one.deployment}" if not number else None
+        place = one.ms.value, max(1 - one.held_out_fidelity, LEAST_ERROR)
+        axes.scatter(*place, s=60 if label else 24, color=DENSE, marker="D", zorder=3, label=label)
+    place = answer.ms.value, max(1 - answer.fidelity, LEAST_ERROR)
+    label = f"answer: {answer.ms.value:.1f} ms, {answer.deployment}"
+    axes.scatter(*place, s=130, color=ANSWER, marker="*", zorder=4, label=label)
+    axes.set_title(printable(_title(result), 90), fontsize=11)
+    axes.set(yscale="log", xlabel="milliseconds per image", ylabel=f"error: 1 - {printable(method.metric, 40)}")
+    axes.set_xlim(0, 1.06 * max(ms for ms, _ in [*points, place, *((one.ms.value, 0) for one in front.dense)]))
+    axes.grid(visible=True, which="major", color="#e5e8eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+    _legend(axes)
+    figure.savefig(path, dpi=130)
 
 
-def _caption(one: Candidate) -> str:
-    return f"{one.ms.value:.1f} ms, {one.deployment}"
+def _title(result: SearchResult) -> str:
+    name, times = str(result.subjects[0].name), result.statistics.speed_up
+    return name if times is None else f"{name}: {times:.2f} times faster than dense"
+
+
+def _legend(axes: Any) -> None:
+    """Place the legend where it hides the fewest points."""
+    axes.legend(fontsize=8, loc="best", framealpha=0.9)

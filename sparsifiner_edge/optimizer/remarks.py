@@ -9,8 +9,7 @@ from statistics import fmean, median
 
 from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.images import open_image
-from sparsifiner_edge.optimizer.explore import Search
-from sparsifiner_edge.optimizer.whole import Attempt
+from sparsifiner_edge.optimizer.search import Attempt, Search
 
 FEW = 20
 """Number of images below which the result may not carry over to others."""
@@ -24,7 +23,7 @@ SMALL = 0.5
 
 def remarks_on(search: Search, answer: Attempt) -> list[str]:
     """Return remarks on too few, equal and small images, and on images with an unusually large error."""
-    paths, remarks = search.trial.paths, list[str]()
+    paths, remarks = search.subject.paths, list[str]()
     if len(paths) < FEW:
         remarks.append(
             f"{len(paths)} images give only a rough estimate for other images. Give a few dozen from the same camera."
@@ -33,7 +32,7 @@ def remarks_on(search: Search, answer: Attempt) -> list[str]:
         remarks.append(
             "On the held-out images the fidelity is below the bound, because your images vary a lot. Give more images."
         )
-    size = search.models.student_of(answer.plan).img_size
+    size = search.subject.student.img_size
     duplicates = len(paths) - len({hashlib.sha256(path.read_bytes()).digest() for path in paths})
     if duplicates:
         remarks.append(f"{duplicates} images are duplicates and add no information.")
@@ -43,7 +42,7 @@ def remarks_on(search: Search, answer: Attempt) -> list[str]:
     errors = dict(zip(paths, [*answer.errors, *answer.reserved], strict=True))
     median_error = median(errors.values())
     outliers = [path for path in sorted(paths, key=lambda path: -errors[path]) if errors[path] > ODD * median_error]
-    if outliers and median_error > search.trial.least:
+    if outliers and median_error > search.subject.least:
         excess = f"{errors[outliers[0]] / median_error:.0f} times that of the median image"
         remarks.append(
             f"{_names(outliers)}: the error is up to {excess}. Remove them if the camera takes no such images."

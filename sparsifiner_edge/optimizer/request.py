@@ -25,10 +25,12 @@ PRECISIONS = ("fp32", "int8")
 """Weight precisions that are searched on a CPU."""
 BOARD_PRECISIONS = ("fp16", "int8")
 """Weight precisions that are searched for a board's GPU."""
-LEAST_IMAGES = 5
+LEAST_HELD_OUT = 4
+"""Minimum number of held-out images for a check that can be relied on."""
+LEAST_IMAGES = 2 * LEAST_HELD_OUT
 """Minimum number of images for a search."""
 CHECKED = 5
-"""One image in this many is held out for the check."""
+"""One image in this many is held out for the check, and at least `LEAST_HELD_OUT`."""
 MOST_SEARCHED = 24
 """Maximum number of images for the search, evenly taken from a large folder."""
 MOST_RESERVED = 12
@@ -197,7 +199,13 @@ def _split(data: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[Pa
     sources = [data] if isinstance(data, str | Path) else data
     paths = [path for each in sources for path in list_images(Path(each))]
     count_text = f"{', '.join(map(str, sources))[:200]} has {len(paths)} images."
-    require(len(paths) >= LEAST_IMAGES, count_text, f"Give {LEAST_IMAGES} or more: one is held out for the last check.")
+    fix = f"Give {LEAST_IMAGES} or more: {LEAST_HELD_OUT} are held out to check the answer."
+    require(len(paths) >= LEAST_IMAGES, count_text, fix)
     shuffled = random.Random(0).sample(paths, len(paths))  # noqa: S311
-    reserved = max(1, len(paths) // CHECKED)
+    reserved = held_out_count(len(paths))
     return evenly(shuffled[reserved:], MOST_SEARCHED), evenly(shuffled[:reserved], MOST_RESERVED)
+
+
+def held_out_count(images: int) -> int:
+    """Return how many of the images are held out."""
+    return max(LEAST_HELD_OUT, images // CHECKED)

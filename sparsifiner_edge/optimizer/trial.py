@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,9 +18,9 @@ from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.torch_native import native_kernels
 from sparsifiner_edge.plan import LayerPlan
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.scoring import MAPS, THRESHOLD, Outputs, Prediction, UserMetric, alike, map_scores
-from sparsifiner_edge.sparse.attention import SparseAttention
-from sparsifiner_edge.sparse.outputs import TOKENS, outputs_of, prediction_of
+from sparsifiner_edge.sparse.outputs import TOKENS, prediction_of
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
@@ -104,10 +105,6 @@ def _metric_error(name: str, wanted: Sequence[Prediction], paths: Sequence[Path]
     return error
 
 
-MOST_REMEMBERED = 1 << 30
-"""Maximum bytes of cached outputs of dense layers."""
-
-
 class Trial:
     """A model with predictors in the layers that may be sparse, and the dense model's outputs for the images.
 
@@ -117,110 +114,76 @@ class Trial:
         paths: The images.
         metric: See `error_by`.
         fit: How images are brought to the size.
+        progress: Progress callback.
 
     Attributes:
         paths: The images.
-        selection: Places of the selection images; at first all.
-        patches: Number of patches of the backbone.
         least: Floor of the error; see `least_error`.
-        selects: By layer, whether it has a predictor; a layer without one stays dense.
     """
 
-    def __init__(self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, fit: Fit = "crop") -> None:
-        self._student, self.paths, self.selection = student, list(paths), list(range(len(paths)))
-        self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
-        self.patches = student.backbone.patches
+    def __init__(
+        self,
+        student: Student,
+        teacher: Any,
+        paths: Sequence[Path],
+        metric: str,
+        fit: Fit = "crop",
+        progress: Progress | None = None,
+    ) -> None:
+        self._student, self.paths = student, list(paths)
+        self._own: Student | None = None
         self._raw = [load_image(path, Framing(student.img_size, fit))[None] for path in paths]
-        self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
-        with torch.inference_mode():
-            wanted = [prediction_of(teacher, image, student.outputs) for image in self._pixels]
+        wanted = list[Prediction]()
+        for image in self._raw:
+            with torch.inference_mode():
+                wanted.append(prediction_of(teacher, self._pixels(image), student.outputs))
+            if progress:
+                progress("the dense model on the images", len(wanted), len(paths))
         self._error, self.least = error_by(metric, student, wanted, paths), least_error(metric)
-        self._dense_outputs: list[list[Tensor]] = []
+
+    def _pixels(self, image: Array) -> Tensor:
+        return normalise(torch.from_numpy(image), self._student.normalisation)
 
     @torch.inference_mode()
-    def errors(self, plan: LayerPlan, most: int | None = None) -> list[float]:
-        """Return 1 - the metric on every selection image, or on the first `most`."""
-        selection = self.selection[:most]
+    def errors(self, plan: LayerPlan, places: Sequence[int]) -> list[float]:
+        """Return 1 - the metric of a plan in torch on the images at some places.
+
+        The plan is set on a copy of the model.
+        """
         if plan.is_dense:
-            return [0.0] * len(selection)
-        changes = (bool(rate) or share < 1 for rate, share in zip(plan.merge, plan.keep, strict=True))
-        dense = self._by_dense_layers(next(layer for layer, changed in enumerate(changes) if changed))
-        set_budget(self._student.model, plan.config(self._student.sparsity), keep_predictors=True)
-        layers, errors = self._student.backbone.layers, []
+            return [0.0] * len(places)
+        if self._own is None:
+            self._own = dataclasses.replace(self._student, model=copy.deepcopy(self._student.model))
+        own, errors = self._own, list[float]()
+        set_budget(own.model, plan.config(own.sparsity), keep_predictors=True)
         with native_kernels(available_cores()):
-            for number, outputs in zip(selection, dense, strict=False):
-                pixels = self._pixels[number]
-                with _giving(layers, outputs):
-                    answer = prediction_of(self._student.model, pixels, self._student.outputs)
-                errors.append(self._error(number, answer))
+            for place in places:
+                answer = prediction_of(own.model, self._pixels(self._raw[place]), own.outputs)
+                errors.append(self._error(place, answer))
         return errors
-
-    def _by_dense_layers(self, count: int) -> list[list[Tensor]]:
-        """Return, by image, the cached outputs of the first `count` layers, which are dense in the plan.
-
-        Empty if that takes more memory than `MOST_REMEMBERED`.
-        """
-        student, depth = self._student, len(self.selects)
-        size = student.backbone.width * (student.backbone.prefix + self.patches) * self._pixels[0].element_size()
-        if count == 0 or size * depth * len(self.selection) > MOST_REMEMBERED:
-            return [[] for _ in self.selection]
-        if not self._dense_outputs:
-            set_budget(student.model, LayerPlan.dense(depth).config(student.sparsity), keep_predictors=True)
-            self._dense_outputs = [self._outputs_of_layers(self._pixels[number]) for number in self.selection]
-        return [outputs[:count] for outputs in self._dense_outputs]
-
-    def _outputs_of_layers(self, pixels: Tensor) -> list[Tensor]:
-        outputs: list[Tensor] = []
-        # A copy without the tensor's extra data halves the memory.
-        hooks = [
-            layer.register_forward_hook(lambda _, __, out: outputs.append(out.view_as(out)))
-            for layer in self._student.backbone.layers
-        ]
-        try:
-            outputs_of(self._student.model, pixels, self._student.outputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return outputs
-
-    def choose_selection(self, errors: Sequence[float], count: int) -> None:
-        """Choose `count` selection images whose errors represent all.
-
-        Args:
-            errors: Errors of some plan on the first images, which may be selected.
-            count: Number of selection images.
-        """
-        spread = evenly_by_error(errors, count)
-        self.selection = [*spread[1::3], *spread[::3], *spread[2::3]]  # So that the first few represent all.
-        self._dense_outputs = []
 
     def arrange(self, places: Sequence[int]) -> None:
         """Reorder the images; `places` gives the old place of each."""
         before = self._error
         self.paths, self._raw = [self.paths[place] for place in places], [self._raw[place] for place in places]
-        self._pixels, self._dense_outputs = [self._pixels[place] for place in places], []
         self._error = lambda number, got: before(places[number], got)
 
-    def errors_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]], start: int = 0) -> list[float]:
-        """Return 1 - the metric of a session's answer to each image from place `start` on."""
-        prefix = self._student.backbone.prefix
-        answers = (Prediction(infer({"image": image}), prefix) for image in self._raw[start:])
-        return [self._error(number, answer) for number, answer in enumerate(answers, start)]
+    def errors_of(
+        self,
+        infer: Callable[[dict[str, Array]], dict[str, Array]],
+        places: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[float]:
+        """Return 1 - the metric of a session's answer to the images at some places, or to all."""
+        prefix, errors = self._student.backbone.prefix, list[float]()
+        for place in range(len(self._raw)) if places is None else places:
+            errors.append(self._error(place, Prediction(infer({"image": self._raw[place]}), prefix)))
+            if progress:
+                progress("evaluating", len(errors), 0)
+        return errors
 
 
 def evenly_by_error(errors: Sequence[float], count: int) -> list[int]:
     """Return the places of `count` images, evenly spaced by error, so that they are as easy and hard as all."""
     order = sorted(range(len(errors)), key=errors.__getitem__)
     return [order[(2 * number + 1) * len(order) // (2 * count)] for number in range(count)]
-
-
-@contextlib.contextmanager
-def _giving(layers: Sequence[Any], outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Make the first layers return these outputs during the block, whatever their input."""
-    for layer, output in zip(layers, outputs, strict=False):
-        layer.forward = lambda *_, replacement=output, **__: replacement
-    try:
-        yield
-    finally:
-        for layer, _ in zip(layers, outputs, strict=False):
-            del layer.forward

@@ -6,9 +6,11 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
+import re
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,21 @@ from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.config import keep_text, merge_text, parse_merge
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.optimizer import whole
+from sparsifiner_edge.export.export import ExportOptions
+from sparsifiner_edge.optimizer import models, search, subject
 from sparsifiner_edge.optimizer.clock import Clock, TimeIsUpError
-from sparsifiner_edge.optimizer.explore import Search, first_plan
+from sparsifiner_edge.optimizer.family import family
+from sparsifiner_edge.optimizer.models import Models, Stopwatch
 from sparsifiner_edge.optimizer.request import OptimizeOptions, read_request
+from sparsifiner_edge.optimizer.search import Search, choose_deployments
+from sparsifiner_edge.optimizer.subject import Subject
 from sparsifiner_edge.optimizer.trial import Trial
-from sparsifiner_edge.optimizer.whole import Attempt
-from sparsifiner_edge.pareto import Candidate, SearchResult
-from sparsifiner_edge.plan import LayerPlan
+from sparsifiner_edge.pareto import Candidate, Lever, ParetoFront, SearchMethod, SearchResult
 from sparsifiner_edge.profiles.estimate import estimate_bundle
-from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.profiles.stats import quantity
+from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.report import write_report
+from sparsifiner_edge.results import Subject as File
 from sparsifiner_edge.results import read_result
 from sparsifiner_edge.runtime import Session
 from sparsifiner_edge.sparse.student import dense_twin
@@ -56,7 +62,7 @@ def found(once: Once, tiny_weights: Path, folder: Path) -> Path:
 
     def run(place: Path) -> None:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-            patch.setattr(whole, "THOROUGH", whole.QUICK)
+            patch.setattr(models, "THOROUGH", models.QUICK)
             with handlers_kept(), pytest.raises(SystemExit) as caught:
                 main([*map(str, asked), "-o", str(place / "found")])
         assert caught.value.code == 0
@@ -68,7 +74,7 @@ def found(once: Once, tiny_weights: Path, folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def shortly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the timing of complete models."""
-    monkeypatch.setattr(whole, "THOROUGH", whole.QUICK)
+    monkeypatch.setattr(models, "THOROUGH", models.QUICK)
 
 
 @pytest.mark.everything
@@ -77,25 +83,40 @@ def test_the_answer_is_what_was_asked_for(found: Path, folder: Path, tiny_weight
     result = read_result(found / "front.json", SearchResult)
     front, images = result.statistics, result.method.images
     assert isinstance(front.answer, Candidate)
-    assert front.answer.fidelity >= 0.97
+    assert front.answer == front.finalists[0]
+    assert front.answer.held_out_fidelity >= 0.97
+    assert (front.unverified, front.left_out) == ([], {})
     assert (kind_of(found / "bundle"), kind_of(found / "student")) == ("bundle", "student")
-    assert not set(images["searched"]) & set(images["checked"])
-    assert (len(images["searched"]), len(result.samples["check"])) == (10, 2)
+    assert not set(images["search"]) & set(images["held_out"])
+    assert set(images["selection"]) <= set(images["search"])
+    assert (len(images["search"]), len(images["held_out"])) == (8, 4)
+    assert {len(values) for values in result.samples.values()} == {4}
+    # The bound holds for all images and for those held out.
+    assert (8 * front.answer.fidelity + 4 * front.answer.held_out_fidelity) / 12 >= 0.97
     # `evaluate` gives the same on the images that the search used.
-    judged = [path for path in sorted(folder.rglob("*.png")) if path.name in images["tried"]]
-    again = flat.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
-    assert again.statistics["patches_cosine"].mean.value == pytest.approx(front.answer.fidelity, abs=1e-4)
+    for use, fidelity in (("search", front.answer.fidelity), ("held_out", front.answer.held_out_fidelity)):
+        judged = [path for path in sorted(folder.rglob("*.png")) if path.name in images[use]]
+        again = flat.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
+        assert again.statistics["patches_cosine"].mean.value == pytest.approx(fidelity, abs=1e-4)
     # A plan without merging has no rates; on a busy machine it may be the fastest of so small a model.
     rates = parse_merge(front.answer.merge)
     assert load_student(found / "student").sparsity.merge == (rates if any(rates) else ())
     assert any(point.pareto_optimal for point in front.points)
-    assert all(0 < point.fidelity <= 1 for point in front.points)
+    assert all(0 < point.fidelity <= 1 and point.ms > 0 for point in front.points)
+    assert {point.deployment for point in front.points} == {"onnxruntime, fp32"}
+    changes = [lever.change for lever in front.levers]
+    assert changes[:1] == ["dense model"]
+    assert front.levers[-1].candidate.ms == front.answer.ms
+    assert front.speed_up == pytest.approx(front.dense[0].ms.value / front.answer.ms.value)
     assert open_bundle(found / "bundle").manifest.intended == Intended("onnxruntime")
     assert {"front.png", "report.html", "start"} <= {path.name for path in found.iterdir()}
     assert result.method.seconds < 60 * result.method.minutes
     said = (found.parent / "said").read_text()
+    headline = r"\d+\.\d\d times faster than the dense model at a patch cosine of 0\.9\d\d \(onnxruntime, fp32\)\."
+    assert re.fullmatch(headline, said.splitlines()[0])
     assert "Full models, measured in turn" in said
-    assert "fidelity on 2 held out" in said
+    assert "What each change contributes, one after the other" in said
+    assert "fidelity on 4 held out" in said
     line = next(line for line in said.splitlines() if line.startswith("Next: "))
     program, *following = line.removeprefix("Next: ").partition("  ")[0].split()
     assert (program, following.pop()) == ("sparsifiner-edge", "IMAGES/")
@@ -111,10 +132,12 @@ def test_where_no_plan_meets_a_bound_the_nearest_is_said(
     asked = ("optimize", TINY, "--weights", tiny_weights, "--data", folder, *PLAIN, "--at-most-ms", "0.0001")
     done = call(capsys, *asked, "-o", tmp_path / "other")
     assert done.code == 1
-    assert "no plan meets 0.0001 ms; the nearest has" in done.err
+    assert "The nearest plan is " in done.err
     assert kind_of(tmp_path / "other" / "bundle") == "bundle"
     front = read_result(tmp_path / "other" / "front.json", SearchResult).statistics
     assert isinstance(front.answer, Unavailable)
+    assert front.answer.why.startswith("no plan meets 0.0001 ms; the nearest has")
+    assert done.out.startswith(f"No answer: {front.answer.why}.\n")
     assert all(one.ms.value > 0 and one.fidelity == pytest.approx(1, abs=1e-5) for one in front.dense)
 
 
@@ -139,7 +162,9 @@ def test_a_board_is_estimated_and_its_page_says_so(folder: Path, tiny_weights: P
         "estimated as ONNX function bodies, which are slow: TensorRT 8.5" in x for x in without.statistics.remarks
     )
     assert answer.ms.value == pytest.approx(said.value)
-    assert answer.predicted_ms == pytest.approx(answer.ms.value, rel=0.1)
+    same = [point.ms for point in within.statistics.points if (point.merge, point.keep) == (answer.merge, answer.keep)]
+    assert all(ms == pytest.approx(answer.ms.value, rel=0.1) for ms in same), "of the plan before it was exported"
+    assert (within.statistics.levers, within.statistics.unverified) == ([], [])
     assert any("The dense model is at least as fast" in remark for remark in within.statistics.remarks)
     for language, words in (("en", "None of them was measured."), ("ja", "実測値は含まれません")):
         write_report([out / "front.json"], out / "page.html", language=language)
@@ -148,27 +173,38 @@ def test_a_board_is_estimated_and_its_page_says_so(folder: Path, tiny_weights: P
 
 @pytest.mark.everything
 @pytest.mark.long
-@pytest.mark.parametrize("ended_by", ["Ctrl-C", "the cap"])
+@pytest.mark.parametrize("ended_by", ["the event", "Ctrl-C", "the cap"])
 def test_what_was_found_by_then_is_there(
     folder: Path, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_by: str
 ) -> None:
-    """The best result so far is kept if a step hangs, even if foreign code catches the alarm as an error of its own."""
-    errors, begun = Trial.errors, time.monotonic()
+    """The best result so far is kept if the search is stopped or does not end; also outside the main thread."""
+    stop, begun, results = threading.Event(), time.monotonic(), list[SearchResult]()
 
-    def interrupted(self: Trial, plan: LayerPlan, most: int | None = None) -> list[float]:
-        if most is not None:  # One layer only: a first bundle exists.
-            if ended_by == "Ctrl-C":
-                os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1000)
-        return errors(self, plan, most)
+    def interrupted(state: Search, *_: Any) -> Any:
+        assert state.attempts, "a first bundle exists"
+        if ended_by == "Ctrl-C":
+            raise KeyboardInterrupt
+        if ended_by == "the event":
+            stop.set()
+        working(state.clock)
 
-    monkeypatch.setattr(Trial, "errors", interrupted)
+    def optimize() -> None:
+        options = {"at_least": 0.97, "minutes": minutes, "weights": tiny_weights, **ENGINE}
+        results.append(flat.optimize(TINY, folder, tmp_path / "found", stop=stop, **options))
+
+    monkeypatch.setattr(search, "better_variant", interrupted)
     minutes = 1.0 if ended_by == "the cap" else 8.0
-    options = {"at_least": 0.97, "minutes": minutes, "weights": tiny_weights, **ENGINE}
-    found = flat.optimize(TINY, folder, tmp_path / "found", **options)
+    if ended_by == "Ctrl-C":
+        optimize()
+    else:  # Only the main thread may set signal handlers.
+        thread = threading.Thread(target=optimize)
+        thread.start()
+        thread.join()
+    (found,) = results
     assert isinstance(found.statistics.answer, Candidate)
+    assert (found.statistics.unverified, found.method.settled) == ([], False)
     assert kind_of(tmp_path / "found" / "bundle") == "bundle"
-    assert found.statistics.finalists[0].keep == "1"
+    assert write_record(read_result(tmp_path / "found" / "front.json", SearchResult)) == write_record(found)
     assert time.monotonic() - begun < 60 * minutes + 1
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
 
@@ -178,44 +214,126 @@ def test_what_was_found_by_then_is_there(
 def test_a_module_in_memory_becomes_a_bundle_and_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
     module, images = Depth().eval(), sorted(folder.rglob("*.png"))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    found = flat.optimize(module, images[:6], tmp_path / "found", at_least=0.5, minutes=2, **ENGINE)
+    found = flat.optimize(module, images[:8], tmp_path / "found", at_least=0.5, minutes=2, **ENGINE)
     assert isinstance(found.statistics.answer, Candidate)
     assert isinstance(found.subjects[0].path, Unavailable)
     assert not {"student", "start"} & {path.name for path in (tmp_path / "found").iterdir()}
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert "6 images give only a rough estimate" in " ".join(found.statistics.remarks)
+    assert "8 images give only a rough estimate" in " ".join(found.statistics.remarks)
     with flat.open_session(tmp_path / "found" / "bundle") as session:
         assert session.description.backend == "onnxruntime"
 
 
-def test_time_ends_what_runs_and_code_of_others_cannot_take_it() -> None:
-    begun, clock = time.monotonic(), Clock(0.5)
-    with clock.ending():
-        with contextlib.suppress(TimeIsUpError):
-            time.sleep(100)
+def working(clock: Clock, until: Callable[[], object] = lambda: False) -> None:
+    """Work on and report progress, until something is true or the clock ends it."""
+    while not until():
+        clock.tell("working")
+        time.sleep(0.001)
+
+
+def test_time_ends_the_block_and_code_of_others_cannot_take_it() -> None:
+    told, clock = list[str](), Clock(0.5, lambda stage, *_: told.append(stage))
+    with clock.searching():
         with contextlib.suppress(Exception):
-            time.sleep(100)
-    assert time.monotonic() - begun < 10
+            working(clock)
+        told.append("never")
+    assert not issubclass(TimeIsUpError, Exception)
+    assert set(told) == {"working"}
+    assert 0.3 < clock.elapsed_s < 10
     assert not clock.fits()
-    with pytest.raises(TimeIsUpError):
-        Clock(0.0).tell("late")
+    clock.tell("closing")  # After the block, nothing ends.
+    assert told[-1] == "closing"
+    with pytest.raises(ZeroDivisionError), Clock(10).searching():
+        _ = 1 / 0
 
 
-def test_time_that_is_over_in_an_objects_end_waits_for_it() -> None:
-    ended = list[bool]()
+def test_a_clock_ends_its_own_block_only() -> None:
+    outer, inner, passed = Clock(600), Clock(0.2), list[str]()
+    with outer.searching():
+        with inner.searching():
+            working(inner)
+        passed.append("after the inner block")
+        outer.tell("on")
+    assert passed
+    short, long = Clock(0.2), Clock(600)
+    with short.searching():
+        with long.searching():
+            working(short)
+        short.tell("over")
+        passed.append("never")
+    assert passed == ["after the inner block"]
+    assert long.elapsed_s < 10
 
-    class Slow:
-        def __del__(self) -> None:
-            while time.monotonic() < begun + 0.6:  # The alarm is at half a second.
-                pass
-            ended.append(True)
 
-    begun, clock = time.monotonic(), Clock(0.5)
-    with clock.ending():
-        Slow()
-        time.sleep(100)
-    assert ended
-    assert time.monotonic() - begun < 10
+def test_clocks_of_threads_are_apart() -> None:
+    ended = dict[str, float]()
+
+    def search_for(name: str, clock: Clock) -> None:
+        with clock.searching():
+            working(clock)
+        ended[name] = clock.elapsed_s
+
+    stop = threading.Event()
+    clocks = {"short": Clock(0.2), "long": Clock(1.0), "stopped": Clock(600, stop=stop)}
+    threads = [threading.Thread(target=search_for, args=each) for each in clocks.items()]
+    for thread in threads:
+        thread.start()
+    threads[1].join()
+    assert set(ended) == {"short", "long"}
+    assert ended["short"] < ended["long"]
+    assert ended["long"] > 0.8
+    stop.set()
+    threads[2].join()
+    assert "stopped" in ended
+
+
+@pytest.fixture
+def alarms() -> Iterator[list[int]]:
+    """Times of the alarms of a host that has its own handler."""
+    fired = list[int]()
+
+    def ring(number: int, _frame: object) -> None:
+        fired.append(number)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        yield fired
+        assert signal.getsignal(signal.SIGALRM) is ring
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_alarm_of_the_host_rings_during_a_search_and_after(alarms: list[int]) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    clock, handler = Clock(600), signal.getsignal(signal.SIGALRM)
+    with clock.searching():
+        working(clock, lambda: len(alarms) > 1)
+        assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL)[1] == pytest.approx(0.05)
+    rung = len(alarms)
+    working(clock, lambda: len(alarms) > rung)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_search_is_stopped_where_it_next_reports(stopped: bool) -> None:
+    stop, passed = threading.Event(), list[str]()
+    clock = Clock(600, stop=stop)
+    with clock.searching():
+        clock.tell("first")
+        passed.append("before")
+        if stopped:
+            stop.set()
+            passed.append("between")
+            clock.tell("second")
+        else:
+            raise KeyboardInterrupt
+        passed.append("never")
+    assert passed == ["before", "between"][: 1 + stopped]
+    clock.tell("closing")
+    with clock.step("closing", "closing"):
+        passed.append("the answer is written")
+    assert clock.took("closing") > 0
 
 
 @pytest.mark.everything
@@ -262,8 +380,9 @@ def test_what_is_refused(tmp_path: Path, folder: Path, tiny_weights: Path, pictu
     ):
         with pytest.raises(ConfigError, match=words):
             flat.optimize(TINY, folder, out, **(given | options))
-    with pytest.raises(ConfigError, match="has 3 images"):
-        flat.optimize(TINY, pictures, out, at_least=0.9, **given)
+    for few, count in ((pictures, 3), (sorted(folder.rglob("*.png"))[:7], 7)):
+        with pytest.raises(ConfigError, match=rf"has {count} images\.\n  Give 8 or more: 4 are held out"):
+            flat.optimize(TINY, few, out, at_least=0.9, **given)
     assert not out.exists()
     file = tmp_path / "file"
     file.write_text("mine")
@@ -280,26 +399,93 @@ def test_an_engine_that_refuses_the_model_is_left_out_and_said(
     tmp_path: Path, tiny_student: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenVINO rejects our operators like this on processors that have fp16."""
-    opened, refusing = whole.session_on, ["openvino"]
+    opened, refusing = subject.session_on, ["openvino"]
 
     def refused(found: Bundle, execution: Execution) -> Session:
         if execution.backend in refusing:
             raise BackendError("It runs in fp32, not fp16.", "Choose another.")
         return opened(found, execution)
 
-    monkeypatch.setattr(whole, "session_on", refused)
-    student, kept = load_student(tiny_student), list[Attempt]()
+    monkeypatch.setattr(subject, "session_on", refused)
+    student = load_student(tiny_student)
     dense, clock = dense_twin(student), Clock(600)
     options = OptimizeOptions(at_least=0.9, backends=BACKENDS, compute_precisions=["auto"], precisions=["fp32"])
     request = read_request(options, folder)
     trial = Trial(student, dense.model, [*request.images, *request.reserved], "patches")
-    with whole.WholeModels(tmp_path, student, dense, request.images, None, clock) as models:
-        search = Search(request, trial, models, clock, 3, kept.append)
-        plan = first_plan(search)
-        assert search.excluded == dict.fromkeys(request.deployments[:1], "It runs in fp32, not fp16.")
-        assert [str(found.deployment) for found in search.attempts] == ["onnxruntime, fp32"]
-        assert search.attempts == kept
+    files = Models(tmp_path, student, dense, clock, request.images, ExportOptions())
+    shape, scale = family(student)
+    plan = shape.plan(scale, student.backbone.patches)
+    with Stopwatch(clock) as stopwatch:
+        measured = Subject(trial, files, stopwatch, clock, None, len(request.images))
+        first, second = (Search(request, measured, clock, 3, lambda _: None) for _ in range(2))
+        assert [str(found) for found in choose_deployments(first, plan)] == ["onnxruntime, fp32"]
+        assert first.excluded == dict.fromkeys(request.deployments[:1], "It runs in fp32, not fp16.")
         refusing.append("onnxruntime")
-        search.attempts.clear()
         with pytest.raises(BackendError, match="not fp16"):
-            search.try_out(plan, request.deployments[1])
+            choose_deployments(second, plan)
+
+
+def candidate(ms: float, **changes: Any) -> Candidate:
+    """Return a row of a result."""
+    plan = {"merge": "9", "keep": "0.1,1", "backend": "openvino", "precision": "int8", "compute_precision": "auto"}
+    errors: Any = {"fidelity": 0.983, "held_out_fidelity": 0.981, "file_bytes": 10**7}
+    return Candidate(ms=quantity(ms, ms - 1, ms + 1, "in turn"), **{**plan, **errors, **changes})
+
+
+def a_result(**changes: Any) -> SearchResult:
+    """Return a result of a search."""
+    images = {"search": ["a.png"], "selection": ["a.png"], "held_out": ["b.png", "c.png"]}
+    method = SearchMethod(metric="patches", at_least=0.98, images=images, minutes=8, seconds=9, settled=True)
+    dense = candidate(20, merge="0", keep="1", precision="fp32", held_out_fidelity=1.0)
+    content: dict[str, Any] = {
+        "points": [],
+        "finalists": [candidate(10)],
+        "answer": candidate(10),
+        "check": quantity(0.981, 0.97, 0.99, "gamma"),
+        "dense": [dense],
+        "levers": [Lever(change="dense model", candidate=dense), Lever(change="+ int8", candidate=candidate(10))],
+        "unverified": [],
+        "left_out": {},
+        "remarks": [],
+    }
+    front = ParetoFront(**content | {name: value for name, value in changes.items() if name in content})
+    return SearchResult("search", [File(path="model", sha256="0" * 64)], method, {}, front)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({}, 0, ["2.00 times faster than the dense model at a patch cosine of 0.981 (openvino, int8)."]),
+        (
+            {"unverified": ["There are few images.", "There was no time."], "dense": [], "levers": []},
+            1,
+            [
+                "Not verified: There are few images.",
+                "Not verified: There was no time.",
+                "10.0 ms at a patch cosine of 0.981 (openvino, int8).",
+            ],
+        ),
+        ({"answer": Unavailable("no plan meets 3 ms")}, 1, ["No answer: no plan meets 3 ms."]),
+    ],
+)
+def test_what_the_command_prints_first_and_its_exit_code(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: Any,
+    code: int,
+    said: Any,
+) -> None:
+    stops, result = list[object](), a_result(**changes)
+
+    def found(*_: Any, stop: object, **__: Any) -> SearchResult:
+        stops.append(stop)
+        return result
+
+    monkeypatch.setattr("sparsifiner_edge.optimize", found, raising=False)
+    done = call(capsys, "optimize", TINY, "--data", tmp_path, "-o", tmp_path / "out")
+    assert (done.code, done.out.splitlines()[: len(said)]) == (code, said), done
+    assert "fidelity on 2 held out" in done.out
+    assert ("What each change contributes, one after the other" in done.out) == bool(result.statistics.levers)
+    assert ("Answer: " in done.out) == isinstance(result.statistics.answer, Candidate)
+    assert isinstance(stops[0], threading.Event), "Ctrl-C sets it"

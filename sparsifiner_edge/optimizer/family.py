@@ -1,0 +1,170 @@
+"""The plans that a search starts from: sparse attention in the first layers, and merges that fall from layer to layer.
+
+A layer merges `rate * (1 - layer / (depth - 1)) ** power` of the image's patches. The first layers see the most tokens,
+so merging early saves the most, and sparse attention pays there first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from sparsifiner_edge.plan import LEAST_PATCHES, PATCHES_PER_MERGE, LayerPlan
+from sparsifiner_edge.sparse.attention import SparseAttention
+from sparsifiner_edge.sparse.defaults import default_keep
+from sparsifiner_edge.sparse.student import Student
+
+SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
+"""Shares of the keys that a layer of a plan may read; 1 is dense."""
+POWER = 2.0
+"""Power by which merges fall where the first layers are sparse."""
+DENSE_POWER = 1.0
+"""Power by which merges fall where all layers are dense, as for small images."""
+FIRST_SCALE = 0.18
+"""Share of the patches that the first layer merges at first; about .02 of the cosine of a DINOv2 at 518 pixels."""
+DENSE_FIRST_SCALE = 0.085
+"""The same for small images, at 224 pixels."""
+MOST_SCALE = 0.6
+"""Maximum scale: layers beyond a quarter of their patches are cut there."""
+LEAST_RATE = 0.002
+"""Share of the patches below which merging costs a layer more than it saves."""
+TYPICAL_RATE = 0.14
+"""Share of the patches that the first layer merges in the plan that calibrates int8."""
+TYPICAL_POWER = 2.0
+"""Power of that plan."""
+TYPICAL_SHARE = 0.25
+"""Share of the keys that layers read in that plan where the family has dense attention."""
+
+
+def falling(rate: float, power: float, patches: int, depth: int) -> tuple[int, ...]:
+    """Return merges that fall by a power; a layer merges at most a quarter of the patches that it sees.
+
+    Args:
+        rate: Share of the image's patches that merge in the first layer.
+        power: Power by which the merges fall.
+        patches: Number of patches of the image.
+        depth: Number of layers.
+    """
+    return allowed([rate * patches * (1 - layer / max(1, depth - 1)) ** power for layer in range(depth)], patches)
+
+
+def allowed(rates: Sequence[float], patches: int) -> tuple[int, ...]:
+    """Round merges by layer, within what a layer may merge and must leave."""
+    merge, remaining = list[int](), patches
+    for rate in rates:
+        merge.append(max(0, min(round(rate), remaining // PATCHES_PER_MERGE, remaining - LEAST_PATCHES)))
+        remaining -= merge[-1]
+    return tuple(merge)
+
+
+def first_shares(student: Student) -> tuple[float, ...]:
+    """Return the shares of keys of the family: those that `sparsify` takes by default at this size."""
+    backbone = student.backbone
+    default = default_keep(backbone.patches, len(backbone.layers))
+    shares = default if isinstance(default, tuple) else (default,)
+    by_layer = [shares[min(layer, len(shares) - 1)] for layer in range(len(backbone.layers))]
+    return tuple(share if usable else 1.0 for share, usable in zip(by_layer, sparse_layers(student), strict=True))
+
+
+def sparse_layers(student: Student) -> list[bool]:
+    """Return by layer whether a plan may read less than all keys.
+
+    Later layers see so few tokens after merging that dense attention is cheap.
+    """
+    attentions = student.backbone.attentions
+    return [
+        isinstance(attention, SparseAttention) and 2 * layer < len(attentions)
+        for layer, attention in enumerate(attentions)
+    ]
+
+
+def everything(student: Student) -> LayerPlan:
+    """Return a typical plan in which all layers merge and all that may be are sparse, to derive others from."""
+    backbone = student.backbone
+    merge = falling(TYPICAL_RATE, TYPICAL_POWER, backbone.patches, len(backbone.layers))
+    shares = [
+        min(share, TYPICAL_SHARE) if usable else 1.0
+        for share, usable in zip(first_shares(student), sparse_layers(student), strict=True)
+    ]
+    return LayerPlan(tuple(max(1, rate) for rate in merge), tuple(shares))
+
+
+class Shape(NamedTuple):
+    """Plans that differ only in how much they merge.
+
+    Attributes:
+        profile: Merges by layer relative to the largest.
+        keep: Shares of keys by layer.
+    """
+
+    profile: tuple[float, ...]
+    keep: tuple[float, ...]
+
+    def plan(self, scale: float, patches: int) -> LayerPlan:
+        """Return the plan whose largest layer merges the share `scale` of the patches."""
+        merge = allowed([scale * part * patches for part in self.profile], patches)
+        least = max(1, round(LEAST_RATE * patches))
+        return LayerPlan(tuple(rate if rate >= least else 0 for rate in merge), self.keep)
+
+    def clip(self, scale: float, patches: int) -> float:
+        """Return the nearest scale that changes the plan: a layer merges a quarter of its patches at most."""
+        return min(max(scale, 1 / patches), MOST_SCALE)
+
+    def powered(self, exponent: float) -> Shape:
+        """Return the shape with merges that fall faster (above 0) or slower from layer to layer."""
+        last = max(1, len(self.profile) - 1)
+        return self.normalised(
+            [part * (1 - layer / last) ** exponent if part else 0.0 for layer, part in enumerate(self.profile)]
+        )
+
+    def times(self, factors: Mapping[int, float]) -> Shape:
+        """Return the shape with the merges of some layers multiplied."""
+        return self.normalised([part * factors.get(layer, 1.0) for layer, part in enumerate(self.profile)])
+
+    def normalised(self, profile: Sequence[float]) -> Shape:
+        """Return the shape with another profile, scaled so that about as many patches merge as before."""
+        ratio = sum(self.profile) / max(sum(profile), 1e-9)
+        return self._replace(profile=tuple(part * ratio for part in profile))
+
+    def seeds(self) -> list[Shape]:
+        """Return shapes that differ in what costs time, to which a latency is fitted."""
+        depth = len(self.keep)
+        sparse = tuple(TYPICAL_SHARE if 4 * layer < depth else 1.0 for layer in range(depth))
+        return [
+            self._replace(keep=(1.0,) * depth),
+            self._replace(keep=sparse).powered(1.0),
+            self.powered(-0.5),
+        ]
+
+
+def family(student: Student) -> tuple[Shape, float]:
+    """Return the shape that a search starts from, and its scale."""
+    depth = len(student.backbone.layers)
+    shares = first_shares(student)
+    power = POWER if min(shares) < 1 else DENSE_POWER
+    profile = tuple((1 - layer / max(1, depth - 1)) ** power for layer in range(depth))
+    return Shape(profile, shares), FIRST_SCALE if min(shares) < 1 else DENSE_FIRST_SCALE
+
+
+def variants(shape: Shape, usable: Sequence[bool]) -> list[Shape]:
+    """Return shapes with other shares of keys or another power, the most promising first."""
+    keep, result = shape.keep, list[tuple[float, ...]]()
+    last = max((layer for layer, share in enumerate(keep) if share < 1), default=-1)
+    if last + 1 < len(keep) and usable[last + 1]:
+        result += [(*keep[: last + 1], share, *keep[last + 2 :]) for share in (0.2, 0.35)]
+    for layer in range(last, -1, -1):
+        for share in {SHARES[max(0, _nearest(keep[layer]) - 1)], SHARES[_nearest(keep[layer]) + 1]} - {keep[layer]}:
+            result.append((*keep[:layer], share, *keep[layer + 1 :]))
+    return [*(shape.powered(exponent) for exponent in (0.5, -0.5)), *(shape._replace(keep=each) for each in result)]
+
+
+def changed_layers(shape: Shape, factor: float) -> Iterator[tuple[int, Shape]]:
+    """Yield each layer that merges, with the shape in which only that layer merges by a factor more."""
+    for layer, part in enumerate(shape.profile):
+        if part > 0:
+            profile = (*shape.profile[:layer], part * factor, *shape.profile[layer + 1 :])
+            yield layer, shape._replace(profile=profile)
+
+
+def _nearest(share: float) -> int:
+    return min(range(len(SHARES) - 1), key=lambda place: abs(SHARES[place] - share))

@@ -1,0 +1,445 @@
+"""The search: a family of plans known to be good, fitted to the bound, then changes that measurements show to help.
+
+Everything is measured on complete models: the error of a plan in the deployment itself, and its time in turn with a
+reference. The best bundle so far is always kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from sparsifiner_edge.errors import BackendError, GateError
+from sparsifiner_edge.optimizer.clock import Clock
+from sparsifiner_edge.optimizer.family import Shape, changed_layers, family, variants
+from sparsifiner_edge.optimizer.latency import LEAST_TIMED, Latency
+from sparsifiner_edge.optimizer.request import SearchRequest
+from sparsifiner_edge.optimizer.subject import Subject
+from sparsifiner_edge.optimizer.trial import evenly_by_error
+from sparsifiner_edge.pareto import Deployment
+from sparsifiner_edge.plan import LayerPlan
+
+AIM = 0.94
+"""Share of the bound that the answer aims at."""
+WINDOW = (0.8, 1.0)
+"""Share of the bound that an answer's error may have; a larger margin would give speed away."""
+ROOM = 0.98
+"""Share of a latency bound to aim at: two measurements of the same model differ."""
+FIT_TRIES = 4
+"""Maximum number of plans that are measured to bring a shape to the bound."""
+FITTED = 0.05
+"""Relative distance from the aim at which a shape counts as fitted."""
+STEEP = 1.8
+"""Assumed exponent of the error as a function of the scale of the merges."""
+FLAT = -0.5
+"""Assumed exponent of the time as a function of the scale of the merges."""
+ELASTICITY = 0.45
+"""Assumed relative fall of the time per relative rise of the error, along a shape."""
+QUICK_IMAGES = 6
+"""Number of images on which deployments are compared."""
+DEPLOYMENTS_SHARE = 0.16
+"""Share of the whole time for trying deployments."""
+FAR = 1.4
+"""A backend that is slower than another by this factor is tried in no other precision."""
+CLOSE = 3
+"""Number of deployments that are tried again with the improved plan."""
+MOST_DENSE = 3
+"""Maximum number of deployments in which the dense model is timed."""
+MATCHES = 3
+"""Maximum number of plans that are measured to give a shape the error of another."""
+ALIKE = 0.15
+"""Difference of the logarithms of two errors at which they count as equal; the elasticity corrects the rest."""
+LESS = 0.8
+"""Relative scale of the second plan that measures the elasticity."""
+GAIN = 0.01
+"""Smallest relative gain of time for which a change is adopted."""
+LEAST_COST = 0.2
+"""Smallest rise of the error per fall of the time that a change is assumed to have: some are free by chance."""
+STEPS = (0.3, 0.15)
+"""Relative changes of the merges of single layers that are tried, one after the other."""
+BOLD = 0.6
+"""Exponent by which the merges of a layer follow how much it gains compared with the other layers."""
+ACCEPTS = 3
+"""Maximum number of exports to bring an answer within the bound."""
+
+
+class Attempt(NamedTuple):
+    """A plan that was exported and measured on all images.
+
+    Attributes:
+        plan: The plan.
+        deployment: Where it was measured.
+        ms: Milliseconds relative to the reference, or an estimate.
+        errors: Error of each image of the search.
+        reserved: Errors of the held-out images.
+    """
+
+    plan: LayerPlan
+    deployment: Deployment
+    ms: float
+    errors: list[float]
+    reserved: list[float]
+
+
+class Search:
+    """State of a search.
+
+    Args:
+        request: What is searched for.
+        subject: Measures plans.
+        clock: Time budget.
+        count: Number of selection images.
+        keep: Called with every attempt that is better than the ones before.
+
+    Attributes:
+        errors: Errors by plan and deployment on the selection images, or on the first of them.
+        ms: Times by plan and deployment.
+        excluded: Deployments that are not searched, with the reason.
+        attempts: Exported plans, in the order in which they were made.
+        dense: Times of the dense model by deployment.
+        remarks: Remarks for the user.
+        limit: Limit of the bounded quantity: error, or milliseconds with room for another measurement.
+        factor: Ratio of the mean error over all images to that over the selection images.
+        settled: True if the search ended because no change helped any more.
+    """
+
+    def __init__(
+        self,
+        request: SearchRequest,
+        subject: Subject,
+        clock: Clock,
+        count: int,
+        keep: Callable[[Attempt], None],
+    ) -> None:
+        self.request, self.bound, self.subject, self.clock, self._keep = request, request.bound, subject, clock, keep
+        self.selection = list(range(min(count, len(request.images))))
+        self.errors, self.ms = (
+            dict[tuple[LayerPlan, Deployment], list[float]](),
+            dict[tuple[LayerPlan, Deployment], float](),
+        )
+        self.excluded, self.attempts, self.dense = dict[Deployment, str](), list[Attempt](), dict[Deployment, float]()
+        self.remarks, self.factor, self.settled = list[str](), 1.0, False
+        self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
+        self._slope, self._elasticity = STEEP if self.bound.by_fidelity else FLAT, ELASTICITY
+
+    @property
+    def aim(self) -> float:
+        """Value of the bounded quantity that the search aims at."""
+        return AIM * self.limit if self.bound.by_fidelity else self.limit
+
+    def error(self, plan: LayerPlan, deployment: Deployment, most: int | None = None) -> float:
+        """Return the mean error of a plan in a deployment, at least the metric's floor.
+
+        Args:
+            plan: The plan.
+            deployment: The deployment.
+            most: Number of selection images to use; None for all.
+
+        Raises:
+            GateError: The precision adds too much error.
+            BackendError: The deployment does not take the model.
+        """
+        places = self.selection[:most]
+        known = self.errors.get((plan, deployment), [])
+        if len(known) < len(places):
+            known = self.subject.errors(plan, deployment, places)
+            self.errors[plan, deployment] = known
+        factor = self.factor if len(known) == len(self.selection) else 1.0
+        return max(self.subject.least, factor * fmean(known[: len(places)]))
+
+    def time(self, plan: LayerPlan, deployment: Deployment) -> float:
+        """Return the measured milliseconds of a plan in a deployment.
+
+        Raises:
+            GateError: See `error`.
+            BackendError: See `error`.
+        """
+        if (plan, deployment) not in self.ms:
+            self.ms[plan, deployment] = self.subject.ms(plan, deployment)
+        return self.ms[plan, deployment]
+
+    def score(self, error: float, ms: float) -> float:
+        """Return what is minimised: the logarithm of the time that the plan would take at another error."""
+        return math.log(ms) + self._elasticity * math.log(error)
+
+    def latency(self, plan: LayerPlan, deployment: Deployment) -> float:
+        """Return the time of a plan, smoothed over all plans that were timed in the deployment."""
+        timed = {known: ms for (known, where), ms in self.ms.items() if where == deployment}
+        if not deployment.is_here or len(timed) < LEAST_TIMED:
+            return self.time(plan, deployment)
+        return Latency(self.subject.patches, list(timed), list(timed.values())).of(plan)
+
+    def matched(self, shape: Shape, deployment: Deployment, scale: float, error: float) -> float:
+        """Return the scale at which a shape has about a given error, so that its time can be compared."""
+        for _ in range(MATCHES):
+            found = self.error(shape.plan(scale, self.subject.patches), deployment)
+            if abs(math.log(found / error)) < ALIKE or not self.fits("evaluating"):
+                break
+            scale = shape.clip(scale * min(max((error / found) ** (1 / STEEP), 0.5), 2.0), self.subject.patches)
+        return scale
+
+    def better(self, other: tuple[Shape, float], present: tuple[Shape, float], deployment: Deployment) -> bool:
+        """Return True if a shape is better than the present one, each at its scale; one that promises it is timed."""
+        new, old = (shape.plan(scale, self.subject.patches) for shape, scale in (other, present))
+
+        def gain() -> float:
+            old_score, new_score = (
+                self.score(self.error(plan, deployment), self.latency(plan, deployment)) for plan in (old, new)
+            )
+            return old_score - new_score
+
+        if gain() > GAIN:
+            self.time(new, deployment)
+        return gain() > GAIN and (new, deployment) in self.ms
+
+    def learn_elasticity(self, shape: Shape, deployment: Deployment, scale: float) -> None:
+        """Measure how the time falls as the error rises along a shape."""
+        plans = [shape.plan(one, self.subject.patches) for one in (scale, LESS * scale)]
+        errors, ms = ([get(plan, deployment) for plan in plans] for get in (self.error, self.latency))
+        if errors[1] < errors[0] and ms[1] > ms[0]:
+            measured = math.log(ms[1] / ms[0]) / math.log(errors[0] / errors[1])
+            self._elasticity = min(max(measured, ELASTICITY / 4), 2 * ELASTICITY)
+
+    def exclude(self, deployment: Deployment, error: GateError | BackendError) -> None:
+        """Exclude a deployment that refuses the model or whose precision adds too much error.
+
+        Raises:
+            GateError: No other deployment is left.
+            BackendError: No other deployment is left.
+        """
+        self.excluded[deployment] = error.what
+        if set(self.request.deployments) <= set(self.excluded):
+            raise error
+
+    def fit(self, shape: Shape, deployment: Deployment, scale: float) -> float:
+        """Return the scale at which a shape just meets the bound, by the secant of measured plans."""
+        measured: list[tuple[float, float]] = []
+        for _ in range(FIT_TRIES):
+            if not self.fits("evaluating", *["timing"] * (not self.bound.by_fidelity)):
+                break
+            plan = shape.plan(scale, self.subject.patches)
+            value = self.error(plan, deployment) if self.bound.by_fidelity else self.time(plan, deployment)
+            measured.append((scale, value))
+            if abs(value / self.aim - 1) < FITTED or plan.is_dense:
+                break
+            if len(measured) > 1 and measured[-1][0] != measured[-2][0]:
+                (one, first), (two, second) = measured[-2:]
+                slope = math.log(second / first) / math.log(two / one)
+                low, high = sorted((self._slope / 2, self._slope * 2))
+                self._slope = min(max(slope, low), high)
+            scale = shape.clip(
+                scale * min(max((self.aim / value) ** (1 / self._slope), 0.3), 3.0), self.subject.patches
+            )
+        if not measured:
+            return scale
+        within = [(one, value) for one, value in measured if value <= self.limit]
+        chosen, value = min(within or measured, key=lambda pair: abs(math.log(pair[1] / self.aim)))
+        if abs(value / self.aim - 1) >= FITTED:  # Not measured any more: the last step of the secant.
+            chosen = shape.clip(
+                chosen * min(max((self.aim / value) ** (1 / self._slope), 0.7), 1.4), self.subject.patches
+            )
+        return chosen
+
+    def rescaled(self, shape: Shape, scale: float, value: float) -> float:
+        """Return the scale at which a shape is expected to meet the aim, from the value at another scale."""
+        return shape.clip(scale * min(max((self.aim / value) ** (1 / self._slope), 0.4), 2.5), self.subject.patches)
+
+    def fits(self, *kinds: str) -> bool:
+        """Return True if there is time for these steps before the closing measurements."""
+        return self.clock.fits(*kinds, reserve_s=self.subject.closing_s())
+
+    def accept(self, shape: Shape, deployment: Deployment, scale: float) -> float:
+        """Export a shape so that it meets the bound on all images, and keep it if it is the best so far.
+
+        Returns:
+            The scale that was exported last.
+        """
+        for number in range(ACCEPTS):
+            plan = shape.plan(scale, self.subject.patches)
+            if any((one.plan, one.deployment) == (plan, deployment) for one in self.attempts):
+                return scale
+            if number and not self.fits("export " + deployment.precision, "evaluating", "timing"):
+                return scale
+            every = self.subject.exported_errors(plan, deployment)
+            count = len(self.request.images)
+            ms = self.subject.exported_ms(plan, deployment)
+            attempt = Attempt(plan, deployment, ms, every[:count], every[count:])
+            self.attempts.append(attempt)
+            if min(self.attempts, key=self.order) is attempt:
+                self._keep(attempt)
+            reached = self.bounded(attempt)
+            if WINDOW[0] * self.limit <= reached <= WINDOW[1] * self.limit:
+                return scale
+            scale = shape.clip(
+                scale * min(max((self.aim / reached) ** (1 / self._slope), 0.6), 1.6), self.subject.patches
+            )
+        return scale
+
+    def bounded(self, attempt: Attempt) -> float:
+        """Return the bounded quantity of an attempt.
+
+        It is the larger of the mean errors over all images and over the held-out images; or the milliseconds.
+        """
+        if not self.bound.by_fidelity:
+            return attempt.ms
+        return max(self.subject.least, fmean([*attempt.errors, *attempt.reserved]), fmean(attempt.reserved))
+
+    def order(self, attempt: Attempt) -> tuple[bool, float]:
+        """Return a sort key: attempts that meet the bound first, the best of them first; then the closest."""
+        reached = self.bounded(attempt)
+        best = attempt.ms if self.bound.by_fidelity else fmean(attempt.errors)
+        return (False, best) if reached <= self.limit else (True, reached)
+
+    def split_images(self, plan: LayerPlan, deployment: Deployment) -> None:
+        """Choose held-out and selection images by the errors of a plan, so that each set is as hard as all images.
+
+        Images that calibrate are never held out.
+        """
+        errors = self.subject.errors(plan, deployment, range(len(self.subject.paths)))
+        calibrating, count = self.subject.calibrating, len(self.request.reserved)
+        free = [place for place in range(len(errors)) if place >= calibrating]
+        back = {free[place] for place in evenly_by_error([errors[place] for place in free], count)}
+        order = [*(place for place in range(len(errors)) if place not in back), *sorted(back)]
+        self.subject.arrange(order)
+        errors = [errors[place] for place in order]
+        kept = len(errors) - count
+        self.request = self.request._replace(images=self.subject.paths[:kept], reserved=self.subject.paths[kept:])
+        spread = evenly_by_error(errors[:kept], len(self.selection))
+        self.selection = [*spread[1::3], *spread[::3], *spread[2::3]]  # So that the first few represent all.
+        chosen = [errors[place] for place in self.selection]
+        self.factor = max(fmean(errors), self.subject.least) / max(fmean(chosen), self.subject.least)
+        self.errors = {(plan, deployment): chosen}
+
+
+def choose_deployments(search: Search, plan: LayerPlan) -> list[Deployment]:
+    """Return the deployments by the score of a plan, the best first."""
+    until, scores = search.clock.elapsed_s + DEPLOYMENTS_SHARE * search.clock.seconds, dict[Deployment, float]()
+    times: dict[Deployment, float] = {}
+    for deployment in search.request.deployments:
+        slower = [times[other] / min(times.values()) for other in times if other.backend == deployment.backend]
+        if slower and min(slower) > FAR:
+            search.excluded[deployment] = (
+                f"in another precision, {deployment.backend} took {min(slower):.1f} times "
+                "as long as the fastest combination"
+            )
+        elif search.clock.elapsed_s > until and scores:
+            search.excluded[deployment] = "there was no time to try it"
+        else:
+            try:
+                error = search.error(plan, deployment, QUICK_IMAGES)
+                times[deployment] = search.time(plan, deployment)
+                scores[deployment] = search.score(error, times[deployment])
+            except (GateError, BackendError) as refusal:
+                search.exclude(deployment, refusal)
+    return sorted(scores, key=scores.__getitem__)
+
+
+def time_dense(search: Search, deployments: Sequence[Deployment]) -> None:
+    """Time the dense model where it may be fastest."""
+    for host in list(dict.fromkeys(deployment.dense_host for deployment in deployments))[:MOST_DENSE]:
+        kinds = [f"export {host.precision}", "timing"]
+        if search.dense and not search.clock.fits(*kinds):
+            return
+        try:
+            search.dense[host] = search.subject.dense_ms(host)
+        except (GateError, BackendError) as error:
+            search.remarks.append(f"The dense model does not run in {host}: {error.what}")
+
+
+def run(search: Search) -> None:
+    """Search until the time is over or no change helps any more."""
+    patches = search.subject.patches
+    shape, scale = family(search.subject.student)
+    deployments = choose_deployments(search, shape.plan(scale, patches))
+    best = deployments[0]
+    search.split_images(shape.plan(scale, patches), best)
+    scale = search.fit(shape, best, scale)
+    search.accept(shape, best, scale)
+    time_dense(search, deployments)
+    before: tuple[Shape, Deployment] | None = None
+    while before != (shape, best):
+        before = shape, best
+        for seed in (shape, *shape.seeds()) if best.is_here else ():  # What the latency is fitted to.
+            if not search.fits("timing"):
+                return
+            search.time(seed.plan(scale, patches), best)
+        if search.fits("evaluating"):
+            search.learn_elasticity(shape, best, scale)
+        shape, scale = better_variant(search, shape, best, scale)
+        for step in STEPS:
+            shape, scale = better_layers(search, shape, best, scale, step)
+        scale = search.fit(shape, best, scale)
+        scale = search.accept(shape, best, scale)
+        best = better_deployment(search, shape, best, scale, deployments[:CLOSE])
+        if best != before[1]:
+            scale = search.accept(shape, best, search.fit(shape, best, scale))
+        if not search.fits("evaluating", "timing"):
+            return
+    search.settled = True
+
+
+def better_variant(search: Search, shape: Shape, deployment: Deployment, scale: float) -> tuple[Shape, float]:
+    """Return the best shape that other shares of keys and other powers lead to, one change after the other."""
+    helped = True
+    while helped:
+        helped = False
+        error = search.error(shape.plan(scale, search.subject.patches), deployment)
+        for other in variants(shape, search.subject.sparse_layers):
+            if not search.fits("evaluating", "evaluating", "timing"):
+                return shape, scale
+            matched = search.matched(other, deployment, scale, error)
+            if search.better((other, matched), (shape, scale), deployment):
+                shape, scale, helped = other, matched, True
+                break
+    return shape, scale
+
+
+def better_layers(
+    search: Search, shape: Shape, deployment: Deployment, scale: float, step: float
+) -> tuple[Shape, float]:
+    """Let the layers whose merges save the most time per error merge more, and the others less.
+
+    Args:
+        search: State of the search.
+        shape: The present shape.
+        deployment: The deployment.
+        scale: Scale of the present shape.
+        step: Relative change of a layer's merges.
+
+    Returns:
+        The shape, if it is better than the present one, and its scale.
+    """
+    patches = search.subject.patches
+    here = shape.plan(scale, patches)
+    ms, error, gains = search.latency(here, deployment), search.error(here, deployment), dict[int, float]()
+    for layer, other in changed_layers(shape, 1 + step):
+        plan = other.plan(scale, patches)
+        if plan == here:
+            continue
+        if not search.fits("evaluating"):
+            return shape, scale
+        saved = max(1e-4, 1 - search.latency(plan, deployment) / ms)
+        cost = search.error(plan, deployment) / error - 1
+        gains[layer] = saved / max(cost, LEAST_COST * saved)
+    if not gains or not search.fits("evaluating", "evaluating", "timing"):
+        return shape, scale
+    middle = math.exp(fmean(map(math.log, gains.values())))
+    other = shape.times({layer: min(max((gain / middle) ** BOLD, 1 - step), 1 + step) for layer, gain in gains.items()})
+    matched = search.matched(other, deployment, scale, error)
+    better = search.better((other, matched), (shape, scale), deployment)
+    return (other, matched) if better else (shape, scale)
+
+
+def better_deployment(
+    search: Search, shape: Shape, best: Deployment, scale: float, deployments: Sequence[Deployment]
+) -> Deployment:
+    """Return the best deployment of a plan."""
+    plan, scores = shape.plan(scale, search.subject.patches), dict[Deployment, float]()
+    for deployment in (best, *(other for other in deployments if other != best)):
+        steps = (f"export {deployment.precision}", "evaluating", "timing")
+        if not scores or search.fits("evaluating", "timing", *steps):
+            scores[deployment] = search.score(search.error(plan, deployment), search.time(plan, deployment))
+    other = min(scores, key=scores.__getitem__)
+    return other if scores[other] < scores[best] - GAIN else best
