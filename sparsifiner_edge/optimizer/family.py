@@ -21,38 +21,49 @@ POWER = 2.0
 DENSE_POWER = 1.0
 """Power by which merges fall where all layers are dense, as for small images."""
 FIRST_SCALE = 0.18
-"""Share of the patches that the first layer merges at first; about .02 of the cosine of a DINOv2 at 518 pixels."""
+"""Share of the patches that the first of twelve layers merges at first; deeper models merge less per layer.
+
+It costs about .02 of the cosine of a DINOv2 at 518 pixels.
+"""
 DENSE_FIRST_SCALE = 0.085
 """The same for small images, at 224 pixels."""
+DEPTH = 12
+"""Number of layers to which these shares belong."""
 MOST_SCALE = 0.6
 """Maximum scale: layers beyond a quarter of their patches are cut there."""
 LEAST_RATE = 0.002
 """Share of the patches below which merging costs a layer more than it saves."""
 TYPICAL_RATE = 0.14
-"""Share of the patches that the first layer merges in the plan that calibrates int8."""
+"""Share of the patches that the first of twelve layers merges in the plan from which others are derived."""
 TYPICAL_POWER = 2.0
 """Power of that plan."""
 TYPICAL_SHARE = 0.25
 """Share of the keys that layers read in that plan where the family has dense attention."""
 
 
-def falling(rate: float, power: float, patches: int, depth: int) -> tuple[int, ...]:
-    """Return merges that fall by a power; a layer merges at most a quarter of the patches that it sees.
+def falling(rate: float, power: float, depth: int) -> tuple[float, ...]:
+    """Return the shares of the patches that merge in each layer.
 
     Args:
-        rate: Share of the image's patches that merge in the first layer.
-        power: Power by which the merges fall.
-        patches: Number of patches of the image.
+        rate: Share in the first layer of a model of twelve layers; deeper models merge less per layer.
+        power: Power by which the shares fall from layer to layer.
         depth: Number of layers.
     """
-    return allowed([rate * patches * (1 - layer / max(1, depth - 1)) ** power for layer in range(depth)], patches)
+    return tuple(rate * DEPTH / depth * (1 - layer / max(1, depth - 1)) ** power for layer in range(depth))
 
 
-def allowed(rates: Sequence[float], patches: int) -> tuple[int, ...]:
-    """Round merges by layer, within what a layer may merge and must leave."""
+def allowed(rates: Sequence[float], patches: int, least: int = 0) -> tuple[int, ...]:
+    """Round merges by layer, within what a layer may merge and must leave.
+
+    Args:
+        rates: Merges by layer.
+        patches: Number of patches of the image.
+        least: Minimum of merges of each layer.
+    """
     merge, remaining = list[int](), patches
-    for rate in rates:
-        merge.append(max(0, min(round(rate), remaining // PATCHES_PER_MERGE, remaining - LEAST_PATCHES)))
+    for layer, rate in enumerate(rates):
+        spare = remaining - LEAST_PATCHES - least * (len(rates) - 1 - layer)
+        merge.append(max(least, min(round(rate), remaining // PATCHES_PER_MERGE, spare)))
         remaining -= merge[-1]
     return tuple(merge)
 
@@ -81,12 +92,12 @@ def sparse_layers(student: Student) -> list[bool]:
 def everything(student: Student) -> LayerPlan:
     """Return a typical plan in which all layers merge and all that may be are sparse, to derive others from."""
     backbone = student.backbone
-    merge = falling(TYPICAL_RATE, TYPICAL_POWER, backbone.patches, len(backbone.layers))
+    rates = falling(TYPICAL_RATE * backbone.patches, TYPICAL_POWER, len(backbone.layers))
     shares = [
         min(share, TYPICAL_SHARE) if usable else 1.0
         for share, usable in zip(first_shares(student), sparse_layers(student), strict=True)
     ]
-    return LayerPlan(tuple(max(1, rate) for rate in merge), tuple(shares))
+    return LayerPlan(allowed(rates, backbone.patches, least=1), tuple(shares))
 
 
 class Shape(NamedTuple):
@@ -112,10 +123,8 @@ class Shape(NamedTuple):
 
     def powered(self, exponent: float) -> Shape:
         """Return the shape with merges that fall faster (above 0) or slower from layer to layer."""
-        last = max(1, len(self.profile) - 1)
-        return self.normalised(
-            [part * (1 - layer / last) ** exponent if part else 0.0 for layer, part in enumerate(self.profile)]
-        )
+        depth = len(self.profile)
+        return self.normalised([part * (1 - layer / depth) ** exponent for layer, part in enumerate(self.profile)])
 
     def times(self, factors: Mapping[int, float]) -> Shape:
         """Return the shape with the merges of some layers multiplied."""
@@ -126,10 +135,14 @@ class Shape(NamedTuple):
         ratio = sum(self.profile) / max(sum(profile), 1e-9)
         return self._replace(profile=tuple(part * ratio for part in profile))
 
-    def seeds(self) -> list[Shape]:
-        """Return shapes that differ in what costs time, to which a latency is fitted."""
+    def seeds(self, usable: Sequence[bool]) -> list[Shape]:
+        """Return shapes that differ in what costs time, to which a latency is fitted.
+
+        Args:
+            usable: By layer, whether it may be sparse.
+        """
         depth = len(self.keep)
-        sparse = tuple(TYPICAL_SHARE if 4 * layer < depth else 1.0 for layer in range(depth))
+        sparse = tuple(TYPICAL_SHARE if may and 4 * layer < depth else 1.0 for layer, may in enumerate(usable))
         return [
             self._replace(keep=(1.0,) * depth),
             self._replace(keep=sparse).powered(1.0),
@@ -139,23 +152,30 @@ class Shape(NamedTuple):
 
 def family(student: Student) -> tuple[Shape, float]:
     """Return the shape that a search starts from, and its scale."""
-    depth = len(student.backbone.layers)
-    shares = first_shares(student)
-    power = POWER if min(shares) < 1 else DENSE_POWER
-    profile = tuple((1 - layer / max(1, depth - 1)) ** power for layer in range(depth))
-    return Shape(profile, shares), FIRST_SCALE if min(shares) < 1 else DENSE_FIRST_SCALE
+    depth, shares = len(student.backbone.layers), first_shares(student)
+    sparse = min(shares) < 1
+    rates = falling(FIRST_SCALE if sparse else DENSE_FIRST_SCALE, POWER if sparse else DENSE_POWER, depth)
+    return Shape(tuple(rate / rates[0] for rate in rates), shares), rates[0]
 
 
 def variants(shape: Shape, usable: Sequence[bool]) -> list[Shape]:
-    """Return shapes with other shares of keys or another power, the most promising first."""
-    keep, result = shape.keep, list[tuple[float, ...]]()
-    last = max((layer for layer, share in enumerate(keep) if share < 1), default=-1)
-    if last + 1 < len(keep) and usable[last + 1]:
-        result += [(*keep[: last + 1], share, *keep[last + 2 :]) for share in (0.2, 0.35)]
-    for layer in range(last, -1, -1):
-        for share in {SHARES[max(0, _nearest(keep[layer]) - 1)], SHARES[_nearest(keep[layer]) + 1]} - {keep[layer]}:
-            result.append((*keep[:layer], share, *keep[layer + 1 :]))
-    return [*(shape.powered(exponent) for exponent in (0.5, -0.5)), *(shape._replace(keep=each) for each in result)]
+    """Return shapes with other shares of keys or another power, the most promising first.
+
+    Args:
+        shape: The present shape.
+        usable: By layer, whether it may be sparse.
+    """
+    keep, shares = shape.keep, list[tuple[float, ...]]()
+    first_dense = next((layer for layer, may in enumerate(usable) if may and keep[layer] == 1), None)
+    if first_dense is not None:
+        shares += [(*keep[:first_dense], share, *keep[first_dense + 1 :]) for share in (0.2, 0.35)]
+    for layer in range(len(keep) - 1, -1, -1):
+        if keep[layer] < 1:
+            nearest = min(range(len(SHARES) - 1), key=lambda place: abs(SHARES[place] - keep[layer]))
+            for share in (SHARES[nearest + 1], SHARES[max(0, nearest - 1)]):
+                if share != keep[layer]:
+                    shares.append((*keep[:layer], share, *keep[layer + 1 :]))
+    return [*(shape.powered(exponent) for exponent in (0.5, -0.5)), *(shape._replace(keep=each) for each in shares)]
 
 
 def changed_layers(shape: Shape, factor: float) -> Iterator[tuple[int, Shape]]:
@@ -164,7 +184,3 @@ def changed_layers(shape: Shape, factor: float) -> Iterator[tuple[int, Shape]]:
         if part > 0:
             profile = (*shape.profile[:layer], part * factor, *shape.profile[layer + 1 :])
             yield layer, shape._replace(profile=profile)
-
-
-def _nearest(share: float) -> int:
-    return min(range(len(SHARES) - 1), key=lambda place: abs(SHARES[place] - share))

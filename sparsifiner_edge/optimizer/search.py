@@ -101,7 +101,7 @@ class Search:
         dense: Times of the dense model by deployment.
         remarks: Remarks for the user.
         limit: Limit of the bounded quantity: error, or milliseconds with room for another measurement.
-        factor: Ratio of the mean error over all images to that over the selection images.
+        factor: Ratio of the bounded error of an exported plan to its error on the selection images.
         settled: True if the search ended because no change helped any more.
     """
 
@@ -215,36 +215,26 @@ class Search:
 
     def fit(self, shape: Shape, deployment: Deployment, scale: float) -> float:
         """Return the scale at which a shape just meets the bound, by the secant of measured plans."""
-        measured: list[tuple[float, float]] = []
-        for _ in range(FIT_TRIES):
-            if not self.fits("evaluating", *["timing"] * (not self.bound.by_fidelity)):
-                break
+        measured = dict[float, float]()
+        while len(measured) < FIT_TRIES and self.fits("evaluating", *["timing"] * (not self.bound.by_fidelity)):
             plan = shape.plan(scale, self.subject.patches)
             value = self.error(plan, deployment) if self.bound.by_fidelity else self.time(plan, deployment)
-            measured.append((scale, value))
-            if abs(value / self.aim - 1) < FITTED or plan.is_dense:
+            if abs(value / self.aim - 1) < FITTED or plan.is_dense or scale in measured:
                 break
-            if len(measured) > 1 and measured[-1][0] != measured[-2][0]:
-                (one, first), (two, second) = measured[-2:]
-                slope = math.log(second / first) / math.log(two / one)
-                low, high = sorted((self._slope / 2, self._slope * 2))
+            measured[scale] = value
+            nearest = sorted(measured, key=lambda one: abs(math.log(measured[one] / self.aim)))
+            if len(nearest) > 1:
+                one, two = nearest[:2]
+                slope = math.log(measured[two] / measured[one]) / math.log(two / one)
+                typical = STEEP if self.bound.by_fidelity else FLAT
+                low, high = sorted((typical / 2, typical * 2))
                 self._slope = min(max(slope, low), high)
-            scale = shape.clip(
-                scale * min(max((self.aim / value) ** (1 / self._slope), 0.3), 3.0), self.subject.patches
-            )
-        if not measured:
-            return scale
-        within = [(one, value) for one, value in measured if value <= self.limit]
-        chosen, value = min(within or measured, key=lambda pair: abs(math.log(pair[1] / self.aim)))
-        if abs(value / self.aim - 1) >= FITTED:  # Not measured any more: the last step of the secant.
-            chosen = shape.clip(
-                chosen * min(max((self.aim / value) ** (1 / self._slope), 0.7), 1.4), self.subject.patches
-            )
-        return chosen
+            scale = self.rescaled(shape, nearest[0], measured[nearest[0]])
+        return scale
 
     def rescaled(self, shape: Shape, scale: float, value: float) -> float:
         """Return the scale at which a shape is expected to meet the aim, from the value at another scale."""
-        return shape.clip(scale * min(max((self.aim / value) ** (1 / self._slope), 0.4), 2.5), self.subject.patches)
+        return shape.clip(scale * min(max((self.aim / value) ** (1 / self._slope), 0.3), 3.0), self.subject.patches)
 
     def fits(self, *kinds: str) -> bool:
         """Return True if there is time for these steps before the closing measurements."""
@@ -254,37 +244,47 @@ class Search:
         """Export a shape so that it meets the bound on all images, and keep it if it is the best so far.
 
         Returns:
-            The scale that was exported last.
+            The scale that was exported last, or the given one if there was no time.
+
+        Raises:
+            GateError: See `error`.
+            BackendError: See `error`.
         """
-        for number in range(ACCEPTS):
+        exported = scale
+        for _ in range(ACCEPTS):
             plan = shape.plan(scale, self.subject.patches)
-            if any((one.plan, one.deployment) == (plan, deployment) for one in self.attempts):
-                return scale
-            if number and not self.fits("export " + deployment.precision, "evaluating", "timing"):
-                return scale
-            every = self.subject.exported_errors(plan, deployment)
-            count = len(self.request.images)
-            ms = self.subject.exported_ms(plan, deployment)
-            attempt = Attempt(plan, deployment, ms, every[:count], every[count:])
-            self.attempts.append(attempt)
-            if min(self.attempts, key=self.order) is attempt:
-                self._keep(attempt)
-            reached = self.bounded(attempt)
+            attempt = next((one for one in self.attempts if (one.plan, one.deployment) == (plan, deployment)), None)
+            if attempt is None:
+                if self.attempts and not self.fits("export " + deployment.precision, "evaluating", "timing"):
+                    break
+                attempt = self._export(plan, deployment)
+            exported, reached = scale, self.bounded(attempt)
             if WINDOW[0] * self.limit <= reached <= WINDOW[1] * self.limit:
-                return scale
-            scale = shape.clip(
-                scale * min(max((self.aim / reached) ** (1 / self._slope), 0.6), 1.6), self.subject.patches
-            )
-        return scale
+                break
+            scale = self.rescaled(shape, scale, reached)
+        return exported
+
+    def _export(self, plan: LayerPlan, deployment: Deployment) -> Attempt:
+        """Export and measure a plan, and keep it if it is the best so far."""
+        errors, count = self.subject.exported_errors(plan, deployment), len(self.request.images)
+        ms = self.subject.exported_ms(plan, deployment)
+        attempt = Attempt(plan, deployment, ms, errors[:count], errors[count:])
+        self.attempts.append(attempt)
+        if min(self.attempts, key=self.order) is attempt:
+            self._keep(attempt)
+        known = self.errors.get((plan, deployment), [])
+        if self.bound.by_fidelity and len(known) == len(self.selection):
+            self.factor = self.bounded(attempt) / max(fmean(known), self.subject.least)
+        return attempt
 
     def bounded(self, attempt: Attempt) -> float:
         """Return the bounded quantity of an attempt.
 
-        It is the larger of the mean errors over all images and over the held-out images; or the milliseconds.
+        It is the larger of the mean errors over the search's images and over the held-out images; or the milliseconds.
         """
         if not self.bound.by_fidelity:
             return attempt.ms
-        return max(self.subject.least, fmean([*attempt.errors, *attempt.reserved]), fmean(attempt.reserved))
+        return max(self.subject.least, fmean(attempt.errors), fmean(attempt.reserved))
 
     def order(self, attempt: Attempt) -> tuple[bool, float]:
         """Return a sort key: attempts that meet the bound first, the best of them first; then the closest."""
@@ -315,8 +315,7 @@ class Search:
 
 def choose_deployments(search: Search, plan: LayerPlan) -> list[Deployment]:
     """Return the deployments by the score of a plan, the best first."""
-    until, scores = search.clock.elapsed_s + DEPLOYMENTS_SHARE * search.clock.seconds, dict[Deployment, float]()
-    times: dict[Deployment, float] = {}
+    scores, times, until = dict[Deployment, float](), dict[Deployment, float](), math.inf
     for deployment in search.request.deployments:
         slower = [times[other] / min(times.values()) for other in times if other.backend == deployment.backend]
         if slower and min(slower) > FAR:
@@ -324,7 +323,7 @@ def choose_deployments(search: Search, plan: LayerPlan) -> list[Deployment]:
                 f"in another precision, {deployment.backend} took {min(slower):.1f} times "
                 "as long as the fastest combination"
             )
-        elif search.clock.elapsed_s > until and scores:
+        elif search.clock.elapsed_s > until:
             search.excluded[deployment] = "there was no time to try it"
         else:
             try:
@@ -333,6 +332,8 @@ def choose_deployments(search: Search, plan: LayerPlan) -> list[Deployment]:
                 scores[deployment] = search.score(error, times[deployment])
             except (GateError, BackendError) as refusal:
                 search.exclude(deployment, refusal)
+        if scores and until == math.inf:
+            until = search.clock.elapsed_s + DEPLOYMENTS_SHARE * search.clock.seconds
     return sorted(scores, key=scores.__getitem__)
 
 
@@ -349,19 +350,36 @@ def time_dense(search: Search, deployments: Sequence[Deployment]) -> None:
 
 
 def run(search: Search) -> None:
-    """Search until the time is over or no change helps any more."""
-    patches = search.subject.patches
+    """Search until the time is over or no change helps any more.
+
+    Raises:
+        GateError: No deployment is left.
+        BackendError: No deployment is left.
+    """
     shape, scale = family(search.subject.student)
-    deployments = choose_deployments(search, shape.plan(scale, patches))
-    best = deployments[0]
-    search.split_images(shape.plan(scale, patches), best)
-    scale = search.fit(shape, best, scale)
-    search.accept(shape, best, scale)
+    deployments = choose_deployments(search, shape.plan(scale, search.subject.patches))
+    while not search.attempts:
+        try:
+            search.split_images(shape.plan(scale, search.subject.patches), deployments[0])
+            start = search.accept(shape, deployments[0], search.fit(shape, deployments[0], scale))
+        except (GateError, BackendError) as refusal:
+            search.exclude(deployments.pop(0), refusal)
+            if not deployments:
+                raise
     time_dense(search, deployments)
+    try:
+        improve(search, shape, start, deployments)
+    except (GateError, BackendError) as refusal:
+        search.remarks.append(f"The search ended early: {refusal.what}")
+
+
+def improve(search: Search, shape: Shape, scale: float, deployments: Sequence[Deployment]) -> None:
+    """Change the plan and the deployment as long as that helps."""
+    patches, best = search.subject.patches, deployments[0]
     before: tuple[Shape, Deployment] | None = None
     while before != (shape, best):
         before = shape, best
-        for seed in (shape, *shape.seeds()) if best.is_here else ():  # What the latency is fitted to.
+        for seed in shape.seeds(search.subject.sparse_layers) if best.is_here else ():
             if not search.fits("timing"):
                 return
             search.time(seed.plan(scale, patches), best)
@@ -370,8 +388,7 @@ def run(search: Search) -> None:
         shape, scale = better_variant(search, shape, best, scale)
         for step in STEPS:
             shape, scale = better_layers(search, shape, best, scale, step)
-        scale = search.fit(shape, best, scale)
-        scale = search.accept(shape, best, scale)
+        scale = search.accept(shape, best, search.fit(shape, best, scale))
         best = better_deployment(search, shape, best, scale, deployments[:CLOSE])
         if best != before[1]:
             scale = search.accept(shape, best, search.fit(shape, best, scale))
@@ -437,9 +454,13 @@ def better_deployment(
 ) -> Deployment:
     """Return the best deployment of a plan."""
     plan, scores = shape.plan(scale, search.subject.patches), dict[Deployment, float]()
-    for deployment in (best, *(other for other in deployments if other != best)):
-        steps = (f"export {deployment.precision}", "evaluating", "timing")
-        if not scores or search.fits("evaluating", "timing", *steps):
-            scores[deployment] = search.score(search.error(plan, deployment), search.time(plan, deployment))
+    for deployment in (best, *(other for other in deployments if other != best and other not in search.excluded)):
+        if not scores or search.fits("evaluating", "timing", f"export {deployment.precision}", "evaluating", "timing"):
+            try:
+                scores[deployment] = search.score(search.error(plan, deployment), search.time(plan, deployment))
+            except (GateError, BackendError) as refusal:
+                if deployment == best:
+                    raise
+                search.exclude(deployment, refusal)
     other = min(scores, key=scores.__getitem__)
     return other if scores[other] < scores[best] - GAIN else best

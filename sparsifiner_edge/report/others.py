@@ -85,7 +85,7 @@ def search_section(data: ReportData) -> Section:
         if isinstance(front.answer, Unavailable):
             blocks.append(Note(texts.missing(front.answer, ""), True))
         if not isinstance(front.check, Unavailable):
-            value, images = texts.figure(front.check, digits=4), len(file.result.method.images.get("checked", ()))
+            value, images = texts.figure(front.check, digits=4), len(file.result.method.images["held_out"])
             blocks.append(Note(texts("search.check", value=value, images=images)))
     return "search", blocks
 
