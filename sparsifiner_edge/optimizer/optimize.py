@@ -38,10 +38,6 @@ PAGE = "report.html"
 START = "start"
 STUDENT = "student"
 BUNDLE = "bundle"
-EVALUATION_SHARE = 0.006
-"""Share of the whole time in which a plan is evaluated; slower models are compared on fewer images."""
-MIN_SELECTION = 4
-"""Minimum number of selection images."""
 
 
 def optimize(
@@ -107,14 +103,7 @@ def optimize(
             models = Models(scratch, found.student, found.dense, clock, *images_of)
             stopwatch = stack.enter_context(Stopwatch(clock))
             subject = Subject(trial, models, stopwatch, clock, request.board, calibrating)
-            count = int(EVALUATION_SHARE * clock.seconds / clock.took("dense image"))
-            search = Search(
-                request,
-                subject,
-                clock,
-                max(MIN_SELECTION, count),
-                lambda attempt: _keep(models, attempt, folder / BUNDLE),
-            )
+            search = Search(request, subject, clock, lambda attempt: _keep(models, attempt, folder / BUNDLE))
             search.remarks += [remark] if remark else []
             run(search)
         if search is None or not search.attempts:
@@ -126,19 +115,18 @@ def optimize(
         if found.path is not None:
             student = models.student_of(best.plan)
             save_student(dataclasses.replace(student, labels=(*options.labels,) or student.labels), folder / STUDENT)
-        _remark_on_kernels(search, folder)
+        _remark_on_kernels(search, best.deployment.precision, folder)
         result = outcome(search, closing, models, found, options)
     write_result(folder / FRONT, result)
     _draw(result, folder)
     return result
 
 
-def _remark_on_kernels(search: Search, folder: Path) -> None:
+def _remark_on_kernels(search: Search, precision: str, folder: Path) -> None:
     """For a board, add a remark if function bodies run the answer."""
     board = search.request.board
     if board is None:
         return
-    precision = search.attempts[-1].deployment.precision
     method = estimate_bundle(folder / BUNDLE, board, compute_precision=precision).method
     if method.kernels == "portable":
         search.remarks.append(

@@ -39,6 +39,10 @@ ELASTICITY = 0.45
 """Assumed relative fall of the time per relative rise of the error, along a shape."""
 QUICK_IMAGES = 6
 """Number of images on which deployments are compared."""
+EVALUATION_SHARE = 0.01
+"""Share of the whole time in which a plan is evaluated; slower models are compared on fewer images."""
+MIN_SELECTION = 8
+"""Minimum number of selection images, if there are so many."""
 DEPLOYMENTS_SHARE = 0.16
 """Share of the whole time for trying deployments."""
 FAR = 1.4
@@ -90,7 +94,6 @@ class Search:
         request: What is searched for.
         subject: Measures plans.
         clock: Time budget.
-        count: Number of selection images.
         keep: Called with every attempt that is better than the ones before.
 
     Attributes:
@@ -110,11 +113,10 @@ class Search:
         request: SearchRequest,
         subject: Subject,
         clock: Clock,
-        count: int,
         keep: Callable[[Attempt], None],
     ) -> None:
         self.request, self.bound, self.subject, self.clock, self._keep = request, request.bound, subject, clock, keep
-        self.selection = list(range(min(count, len(request.images))))
+        self.selection = list(range(len(request.images)))
         self.errors, self.ms = (
             dict[tuple[LayerPlan, Deployment], list[float]](),
             dict[tuple[LayerPlan, Deployment], float](),
@@ -297,7 +299,9 @@ class Search:
 
         Images that calibrate are never held out.
         """
-        errors = self.subject.errors(plan, deployment, range(len(self.subject.paths)))
+        begun, paths = self.clock.elapsed_s, self.subject.paths
+        errors = self.subject.errors(plan, deployment, range(len(paths)))
+        each_s = (self.clock.elapsed_s - begun) / len(paths)
         calibrating, count = self.subject.calibrating, len(self.request.reserved)
         free = [place for place in range(len(errors)) if place >= calibrating]
         back = {free[place] for place in evenly_by_error([errors[place] for place in free], count)}
@@ -306,7 +310,8 @@ class Search:
         errors = [errors[place] for place in order]
         kept = len(errors) - count
         self.request = self.request._replace(images=self.subject.paths[:kept], reserved=self.subject.paths[kept:])
-        spread = evenly_by_error(errors[:kept], len(self.selection))
+        most = int(EVALUATION_SHARE * self.clock.seconds / max(each_s, 1e-9))
+        spread = evenly_by_error(errors[:kept], min(kept, max(MIN_SELECTION, most)))
         self.selection = [*spread[1::3], *spread[::3], *spread[2::3]]  # So that the first few represent all.
         chosen = [errors[place] for place in self.selection]
         self.factor = max(fmean(errors), self.subject.least) / max(fmean(chosen), self.subject.least)

@@ -308,7 +308,7 @@ def searching(subject: Any, bound: Bound, keep: Any = None, deployments: Sequenc
     kept = len(subject.paths) - len(subject.paths) // 3
     images, reserved = subject.paths[:kept], subject.paths[kept:]
     request = SearchRequest(bound, "patches", None, list(deployments), {}, images, reserved, "crop")
-    return Search(request, subject, Clock(600), 6, keep or (lambda _: None))
+    return Search(request, subject, Clock(600), keep or (lambda _: None))
 
 
 PATHS = [Path(f"{number}.png") for number in range(12)]
