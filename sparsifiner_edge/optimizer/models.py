@@ -40,6 +40,8 @@ QUICK = Rules(seconds=0.4, min_queries=8, blocks=8, max_seconds=8.0)
 """Rules for a timing during the search. The order alternates between the eight blocks."""
 THOROUGH = Rules(seconds=2.0, min_queries=10, blocks=10, max_seconds=60.0)
 """Rules for the last timing. With ten blocks, the second lowest and second highest value bound the median at 95 %."""
+MIN_LAST_S = 1.0
+"""Minimum of seconds for the last timing of each bundle."""
 WARM_UP_S = 0.8
 """Maximum warm-up in seconds."""
 
@@ -76,7 +78,7 @@ class Models:
         self._dense_calibration = link_images(folder / "few", evenly(images, DENSE_INT8_IMAGES))
         self._bases: dict[str, tuple[onnx.ModelProto, Manifest]] = {}
         self._exported: dict[tuple[LayerPlan, str], Path] = {}
-        self._base: onnx.ModelProto | None = None
+        self._base: FloatFile | None = None
         self._floats: dict[LayerPlan, FloatFile] = {}
 
     def student_of(self, plan: LayerPlan) -> Student:
@@ -152,11 +154,15 @@ class Models:
         return (plan, precision) in self._exported
 
     def _float_file(self, student: Student, plan: LayerPlan) -> FloatFile:
+        if plan.is_dense or self._board is not None:
+            return float_file(student, tokens=True)
+        typical = everything(self.student)
+        if self._base is None:
+            self._base = float_file(student if plan == typical else self.student_of(typical), tokens=True)
+        if plan == typical:
+            return self._base
         if plan not in self._floats:
-            derived = not plan.is_dense and self._board is None
-            if derived and self._base is None:
-                self._base = float_file(self.student_of(everything(self.student)), tokens=True).model
-            self._floats = {plan: float_file(student, tokens=True, other=self._base if derived else None)}
+            self._floats = {plan: float_file(student, tokens=True, other=self._base.model)}
         return self._floats[plan]
 
 
@@ -230,14 +236,22 @@ class Stopwatch:
         """Return median milliseconds with intervals, measured in turn, each in its own process.
 
         Args:
-            bundles: Bundles and their deployments.
+            bundles: Bundles and their deployments, the most important first.
             most_s: Approximate maximum of seconds for each.
+
+        Returns:
+            The times of as many of the first bundles as there was time for, but at least two.
 
         Raises:
             BackendError: See `ms`.
         """
         with contextlib.ExitStack() as stack:
-            sides = [stack.enter_context(self._side(*bundle)) for bundle in bundles]
-            most_s = max(1.0, min(most_s, self._clock.remaining / len(sides)))
+            sides = list[MeasuredSide]()
+            for bundle, deployment in bundles:
+                if len(sides) > 1 and not self._clock.fits("loading", reserve_s=MIN_LAST_S * (len(sides) + 1)):
+                    break
+                with self._clock.step("loading", f"loading for {deployment}"):
+                    sides.append(stack.enter_context(self._side(bundle, deployment)))
+            most_s = max(MIN_LAST_S, min(most_s, self._clock.remaining / len(sides)))
             measure_blocks(sides, replace(THOROUGH, max_seconds=most_s), self._clock.tell, "measuring full models")
             return medians_in_turn([side.blocks for side in sides])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -69,8 +70,6 @@ def close(search: Search) -> Closing:
     ]
     steps = [(plan, deployment) for _, plan, deployment in lever_steps(search, best)]
     wanted = list(dict.fromkeys([(best.plan, best.deployment), *dense[:1], *steps, *others, *dense[1:]]))
-    each = search.clock.took("timing") + search.clock.took("evaluating") / 2
-    wanted = wanted[: max(2, int(search.clock.remaining / max(each, 1e-3)))]
     try:
         measured = _measure(search, wanted)
     except (BackendError, GateError) as error:  # Several processes at once may be too many.
@@ -92,15 +91,18 @@ def close(search: Search) -> Closing:
 
 def _measure(search: Search, wanted: Sequence[Model]) -> dict[Model, Timed]:
     subject, held = search.subject, range(len(search.request.images), len(search.subject.paths))
-    bundles = [subject.own_bundle(plan, where) for plan, where in wanted]
-    errors = {(one.plan, one.deployment): one.reserved for one in search.attempts}
-    for (plan, where), bundle in zip(wanted, bundles, strict=True):
-        if (plan, where) not in errors:
-            errors[plan, where] = subject.errors_of(bundle, where, held)
-    most_s = max(0.5, min(LAST_S, search.clock.remaining / len(wanted) - search.clock.took("timing") / 2))
-    times = subject.times([(bundle, where) for bundle, (_, where) in zip(bundles, wanted, strict=True)], most_s)
-    sizes = [(bundle / MODEL_FILE).stat().st_size for bundle in bundles]
-    return {model: Timed(ms, errors[model], size) for model, ms, size in zip(wanted, times, sizes, strict=True)}
+    bundles, known = dict[Model, Path](), {(one.plan, one.deployment): one.reserved for one in search.attempts}
+    errors = dict[Model, list[float]]()
+    for plan, where in wanted:
+        if len(bundles) > 1 and not search.clock.fits("evaluating", *["loading"] * (len(bundles) + 1)):
+            break
+        bundles[plan, where] = subject.own_bundle(plan, where)
+        errors[plan, where] = known.get((plan, where)) or subject.errors_of(bundles[plan, where], where, held)
+    times = subject.times([(bundle, where) for (_, where), bundle in bundles.items()], LAST_S)
+    return {
+        model: Timed(ms, errors[model], (bundle / MODEL_FILE).stat().st_size)
+        for (model, bundle), ms in zip(bundles.items(), times, strict=False)
+    }
 
 
 def lever_steps(search: Search, best: Attempt) -> list[tuple[str, LayerPlan, Deployment]]:
@@ -111,7 +113,7 @@ def lever_steps(search: Search, best: Attempt) -> list[tuple[str, LayerPlan, Dep
     if not best.deployment.is_here or not search.dense:
         return []
     plain = [host for host in search.dense if (host.precision, host.compute_precision) == ("fp32", "auto")]
-    start = min(plain, key=search.dense.__getitem__, default=Deployment(best.deployment.backend, "fp32"))
+    start = min(plain, key=search.dense.__getitem__, default=min(search.dense, key=search.dense.__getitem__))
     merged, depth = LayerPlan(best.plan.merge, (1.0,) * len(best.plan.keep)), len(best.plan.keep)
     steps = [("dense model", LayerPlan.dense(depth), start)]
     if not merged.is_dense:

@@ -104,6 +104,7 @@ class Search:
         dense: Times of the dense model by deployment.
         remarks: Remarks for the user.
         limit: Limit of the bounded quantity: error, or milliseconds with room for another measurement.
+        anchor: Error at which plans are compared.
         factor: Ratio of the bounded error of an exported plan to its error on the selection images.
         settled: True if the search ended because no change helped any more.
     """
@@ -124,6 +125,7 @@ class Search:
         self.excluded, self.attempts, self.dense = dict[Deployment, str](), list[Attempt](), dict[Deployment, float]()
         self.remarks, self.factor, self.settled = list[str](), 1.0, False
         self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
+        self.anchor = self.aim
         self._slope, self._elasticity = STEEP if self.bound.by_fidelity else FLAT, ELASTICITY
 
     @property
@@ -173,13 +175,14 @@ class Search:
             return self.time(plan, deployment)
         return Latency(self.subject.patches, list(timed), list(timed.values())).of(plan)
 
-    def matched(self, shape: Shape, deployment: Deployment, scale: float, error: float) -> float:
-        """Return the scale at which a shape has about a given error, so that its time can be compared."""
+    def matched(self, shape: Shape, deployment: Deployment, scale: float) -> float:
+        """Return the scale at which a shape has about the error `anchor`, so that its time can be compared."""
         for _ in range(MATCHES):
             found = self.error(shape.plan(scale, self.subject.patches), deployment)
-            if abs(math.log(found / error)) < ALIKE or not self.fits("evaluating"):
+            if abs(math.log(found / self.anchor)) < ALIKE or not self.fits("evaluating"):
                 break
-            scale = shape.clip(scale * min(max((error / found) ** (1 / STEEP), 0.5), 2.0), self.subject.patches)
+            step = min(max((self.anchor / found) ** (1 / STEEP), 0.5), 2.0)
+            scale = shape.clip(scale * step, self.subject.patches)
         return scale
 
     def better(self, other: tuple[Shape, float], present: tuple[Shape, float], deployment: Deployment) -> bool:
@@ -381,6 +384,8 @@ def run(search: Search) -> None:
 def improve(search: Search, shape: Shape, scale: float, deployments: Sequence[Deployment]) -> None:
     """Change the plan and the deployment as long as that helps."""
     patches, best = search.subject.patches, deployments[0]
+    if not search.bound.by_fidelity:
+        search.anchor = search.error(shape.plan(scale, patches), best)
     before: tuple[Shape, Deployment] | None = None
     while before != (shape, best):
         before = shape, best
@@ -407,11 +412,10 @@ def better_variant(search: Search, shape: Shape, deployment: Deployment, scale: 
     helped = True
     while helped:
         helped = False
-        error = search.error(shape.plan(scale, search.subject.patches), deployment)
         for other in variants(shape, search.subject.sparse_layers):
             if not search.fits("evaluating", "evaluating", "timing"):
                 return shape, scale
-            matched = search.matched(other, deployment, scale, error)
+            matched = search.matched(other, deployment, scale)
             if search.better((other, matched), (shape, scale), deployment):
                 shape, scale, helped = other, matched, True
                 break
@@ -449,7 +453,7 @@ def better_layers(
         return shape, scale
     middle = math.exp(fmean(map(math.log, gains.values())))
     other = shape.times({layer: min(max((gain / middle) ** BOLD, 1 - step), 1 + step) for layer, gain in gains.items()})
-    matched = search.matched(other, deployment, scale, error)
+    matched = search.matched(other, deployment, scale)
     better = search.better((other, matched), (shape, scale), deployment)
     return (other, matched) if better else (shape, scale)
 
