@@ -121,6 +121,11 @@ class Shape(NamedTuple):
         """Return the nearest scale that changes the plan: a layer merges a quarter of its patches at most."""
         return min(max(scale, 1 / patches), MOST_SCALE)
 
+    @property
+    def rounded(self) -> Shape:
+        """The shape with a rounded profile, to compare shapes."""
+        return self._replace(profile=tuple(round(part, 4) for part in self.profile))
+
     def powered(self, exponent: float) -> Shape:
         """Return the shape with merges that fall faster (above 0) or slower from layer to layer."""
         depth = len(self.profile)

@@ -55,8 +55,6 @@ MATCHES = 3
 """Maximum number of plans that are measured to give a shape the error of another."""
 ALIKE = 0.15
 """Difference of the logarithms of two errors at which they count as equal; the elasticity corrects the rest."""
-LESS = 0.8
-"""Relative scale of the second plan that measures the elasticity."""
 GAIN = 0.01
 """Smallest relative gain of time for which a change is adopted."""
 LEAST_COST = 0.2
@@ -125,8 +123,9 @@ class Search:
         self.excluded, self.attempts, self.dense = dict[Deployment, str](), list[Attempt](), dict[Deployment, float]()
         self.remarks, self.factor, self.settled = list[str](), 1.0, False
         self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
-        self.anchor = self.aim
-        self._slope, self._elasticity = STEEP if self.bound.by_fidelity else FLAT, ELASTICITY
+        self.anchor, self._left = self.aim, set[Shape]()
+        self._slope = STEEP if self.bound.by_fidelity else FLAT
+        self._fitted: tuple[tuple[Deployment, int] | None, Latency | None] = None, None
 
     @property
     def aim(self) -> float:
@@ -166,14 +165,18 @@ class Search:
 
     def score(self, error: float, ms: float) -> float:
         """Return what is minimised: the logarithm of the time that the plan would take at another error."""
-        return math.log(ms) + self._elasticity * math.log(error)
+        return math.log(ms) + ELASTICITY * math.log(error)
 
     def latency(self, plan: LayerPlan, deployment: Deployment) -> float:
         """Return the time of a plan, smoothed over all plans that were timed in the deployment."""
         timed = {known: ms for (known, where), ms in self.ms.items() if where == deployment}
         if not deployment.is_here or len(timed) < LEAST_TIMED:
             return self.time(plan, deployment)
-        return Latency(self.subject.patches, list(timed), list(timed.values())).of(plan)
+        key, fitted = self._fitted
+        if fitted is None or key != (deployment, len(timed)):
+            fitted = Latency(self.subject.patches, list(timed), list(timed.values()))
+            self._fitted = (deployment, len(timed)), fitted
+        return fitted.of(plan)
 
     def matched(self, shape: Shape, deployment: Deployment, scale: float) -> float:
         """Return the scale at which a shape has about the error `anchor`, so that its time can be compared."""
@@ -185,27 +188,38 @@ class Search:
             scale = shape.clip(scale * step, self.subject.patches)
         return scale
 
+    def cost(self, shape: Shape, deployment: Deployment, scale: float) -> float:
+        """Return the milliseconds that a shape takes at the error `anchor`, predicted from its error at a scale."""
+        error, slope = self.error(shape.plan(scale, self.subject.patches), deployment), STEEP
+        if self.bound.by_fidelity:
+            slope = self._slope
+        anchored = shape.clip(scale * (self.anchor / error) ** (1 / slope), self.subject.patches)
+        return self.latency(shape.plan(anchored, self.subject.patches), deployment)
+
     def better(self, other: tuple[Shape, float], present: tuple[Shape, float], deployment: Deployment) -> bool:
-        """Return True if a shape is better than the present one, each at its scale; one that promises it is timed."""
-        new, old = (shape.plan(scale, self.subject.patches) for shape, scale in (other, present))
+        """Return True if a shape is better than the present one; one that promises it is timed first.
+
+        A shape that was left for a better one is never better again, so that noise leads to no cycle.
+
+        Args:
+            other: A shape, and a scale at which its error is measured.
+            present: The same of the present one.
+            deployment: The deployment.
+        """
+        if other[0].rounded in self._left:
+            return False
 
         def gain() -> float:
-            old_score, new_score = (
-                self.score(self.error(plan, deployment), self.latency(plan, deployment)) for plan in (old, new)
-            )
-            return old_score - new_score
+            new, old = (self.cost(shape, deployment, scale) for shape, scale in (other, present))
+            return 1 - new / old
 
-        if gain() > GAIN:
-            self.time(new, deployment)
-        return gain() > GAIN and (new, deployment) in self.ms
-
-    def learn_elasticity(self, shape: Shape, deployment: Deployment, scale: float) -> None:
-        """Measure how the time falls as the error rises along a shape."""
-        plans = [shape.plan(one, self.subject.patches) for one in (scale, LESS * scale)]
-        errors, ms = ([get(plan, deployment) for plan in plans] for get in (self.error, self.latency))
-        if errors[1] < errors[0] and ms[1] > ms[0]:
-            measured = math.log(ms[1] / ms[0]) / math.log(errors[0] / errors[1])
-            self._elasticity = min(max(measured, ELASTICITY / 4), 2 * ELASTICITY)
+        if gain() <= GAIN:
+            return False
+        self.time(other[0].plan(other[1], self.subject.patches), deployment)
+        better = gain() > GAIN
+        if better:
+            self._left.add(present[0].rounded)
+        return better
 
     def exclude(self, deployment: Deployment, error: GateError | BackendError) -> None:
         """Exclude a deployment that refuses the model or whose precision adds too much error.
@@ -386,39 +400,39 @@ def improve(search: Search, shape: Shape, scale: float, deployments: Sequence[De
     patches, best = search.subject.patches, deployments[0]
     if not search.bound.by_fidelity:
         search.anchor = search.error(shape.plan(scale, patches), best)
-    before: tuple[Shape, Deployment] | None = None
-    while before != (shape, best):
-        before = shape, best
+    helped = True
+    while helped and search.fits("evaluating", "timing"):
+        before = shape, scale
         for seed in shape.seeds(search.subject.sparse_layers) if best.is_here else ():
             if not search.fits("timing"):
                 return
             search.time(seed.plan(scale, patches), best)
-        if search.fits("evaluating"):
-            search.learn_elasticity(shape, best, scale)
         shape, scale = better_variant(search, shape, best, scale)
         for step in STEPS:
             shape, scale = better_layers(search, shape, best, scale, step)
+        # Each change was better than the one before, but all of them together may not be: measurements have noise.
+        helped = search.cost(shape, best, scale) < (1 - GAIN) * search.cost(before[0], best, before[1])
+        shape, scale = (shape, scale) if helped else before
         scale = search.accept(shape, best, search.fit(shape, best, scale))
-        best = better_deployment(search, shape, best, scale, deployments[:CLOSE])
-        if best != before[1]:
+        other = better_deployment(search, shape, best, scale, deployments[:CLOSE])
+        if other != best:
+            best, helped = other, True
             scale = search.accept(shape, best, search.fit(shape, best, scale))
-        if not search.fits("evaluating", "timing"):
-            return
-    search.settled = True
+    search.settled = not helped
 
 
 def better_variant(search: Search, shape: Shape, deployment: Deployment, scale: float) -> tuple[Shape, float]:
     """Return the best shape that other shares of keys and other powers lead to, one change after the other."""
-    helped = True
-    while helped:
-        helped = False
+    for _ in shape.keep:
         for other in variants(shape, search.subject.sparse_layers):
             if not search.fits("evaluating", "evaluating", "timing"):
                 return shape, scale
             matched = search.matched(other, deployment, scale)
             if search.better((other, matched), (shape, scale), deployment):
-                shape, scale, helped = other, matched, True
+                shape, scale = other, matched
                 break
+        else:
+            break
     return shape, scale
 
 
