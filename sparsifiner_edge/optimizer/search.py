@@ -23,7 +23,7 @@ from sparsifiner_edge.plan import LayerPlan
 
 AIM = 0.94
 """Share of the bound that the answer aims at."""
-WINDOW = (0.8, 1.0)
+WINDOW = (0.75, 1.0)
 """Share of the bound that an answer's error may have; a larger margin would give speed away."""
 ROOM = 0.98
 """Share of a latency bound to aim at: two measurements of the same model differ."""
@@ -102,7 +102,7 @@ class Search:
         dense: Times of the dense model by deployment.
         remarks: Remarks for the user.
         limit: Limit of the bounded quantity: error, or milliseconds with room for another measurement.
-        anchor: Error at which plans are compared.
+        anchor: Level at which plans are compared.
         factor: Ratio of the bounded error of an exported plan to its error on the selection images.
         settled: True if the search ended because no change helped any more.
     """
@@ -152,6 +152,18 @@ class Search:
         factor = self.factor if len(known) == len(self.selection) else 1.0
         return max(self.subject.least, factor * fmean(known[: len(places)]))
 
+    def level(self, plan: LayerPlan, deployment: Deployment) -> float:
+        """Return the geometric mean of a plan's errors on the selection images, by which plans are compared.
+
+        A few images have errors that jump when a single token merges; the mean jumps with them.
+
+        Raises:
+            GateError: See `error`.
+            BackendError: See `error`.
+        """
+        self.error(plan, deployment)
+        return math.exp(fmean(math.log(max(self.subject.least, one)) for one in self.errors[plan, deployment]))
+
     def time(self, plan: LayerPlan, deployment: Deployment) -> float:
         """Return the measured milliseconds of a plan in a deployment.
 
@@ -179,9 +191,9 @@ class Search:
         return fitted.of(plan)
 
     def matched(self, shape: Shape, deployment: Deployment, scale: float) -> float:
-        """Return the scale at which a shape has about the error `anchor`, so that its time can be compared."""
+        """Return the scale at which a shape has about the level `anchor`, so that its time can be compared."""
         for _ in range(MATCHES):
-            found = self.error(shape.plan(scale, self.subject.patches), deployment)
+            found = self.level(shape.plan(scale, self.subject.patches), deployment)
             if abs(math.log(found / self.anchor)) < ALIKE or not self.fits("evaluating"):
                 break
             step = min(max((self.anchor / found) ** (1 / STEEP), 0.5), 2.0)
@@ -189,11 +201,9 @@ class Search:
         return scale
 
     def cost(self, shape: Shape, deployment: Deployment, scale: float) -> float:
-        """Return the milliseconds that a shape takes at the error `anchor`, predicted from its error at a scale."""
-        error, slope = self.error(shape.plan(scale, self.subject.patches), deployment), STEEP
-        if self.bound.by_fidelity:
-            slope = self._slope
-        anchored = shape.clip(scale * (self.anchor / error) ** (1 / slope), self.subject.patches)
+        """Return the milliseconds that a shape takes at the level `anchor`, predicted from its level at a scale."""
+        level = self.level(shape.plan(scale, self.subject.patches), deployment)
+        anchored = shape.clip(scale * (self.anchor / level) ** (1 / STEEP), self.subject.patches)
         return self.latency(shape.plan(anchored, self.subject.patches), deployment)
 
     def better(self, other: tuple[Shape, float], present: tuple[Shape, float], deployment: Deployment) -> bool:
@@ -398,8 +408,7 @@ def run(search: Search) -> None:
 def improve(search: Search, shape: Shape, scale: float, deployments: Sequence[Deployment]) -> None:
     """Change the plan and the deployment as long as that helps."""
     patches, best = search.subject.patches, deployments[0]
-    if not search.bound.by_fidelity:
-        search.anchor = search.error(shape.plan(scale, patches), best)
+    search.anchor = search.level(shape.plan(scale, patches), best)
     helped = True
     while helped and search.fits("evaluating", "timing"):
         before = shape, scale
@@ -453,7 +462,7 @@ def better_layers(
     """
     patches = search.subject.patches
     here = shape.plan(scale, patches)
-    ms, error, gains = search.latency(here, deployment), search.error(here, deployment), dict[int, float]()
+    ms, level, gains = search.latency(here, deployment), search.level(here, deployment), dict[int, float]()
     for layer, other in changed_layers(shape, 1 + step):
         plan = other.plan(scale, patches)
         if plan == here:
@@ -461,7 +470,7 @@ def better_layers(
         if not search.fits("evaluating"):
             return shape, scale
         saved = max(1e-4, 1 - search.latency(plan, deployment) / ms)
-        cost = search.error(plan, deployment) / error - 1
+        cost = search.level(plan, deployment) / level - 1
         gains[layer] = saved / max(cost, LEAST_COST * saved)
     if not gains or not search.fits("evaluating", "evaluating", "timing"):
         return shape, scale
