@@ -28,7 +28,7 @@ from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
 from sparsifiner_edge.export.fp16 import to_fp16
 from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.export.int8 import held_out_images, quantise
+from sparsifiner_edge.export.int8 import check_int8, held_out_images, quantise
 from sparsifiner_edge.export.replan import replan
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.export.stream import stream_of, write_stream
@@ -206,9 +206,20 @@ def export_student(
     options: ExportOptions,
     base: FloatFile | None = None,
     progress: Progress | None = None,
+    int8: tuple[onnx.ModelProto, Quantisation] | None = None,
 ) -> Path:
-    """Export a sparse model in memory (see `export_bundle`); `base` is its `float_file`, if that exists."""
-    return _export(student, output, _form(options), progress, base)
+    """Export a sparse model in memory (see `export_bundle`).
+
+    Args:
+        student: The model.
+        output: See `export_bundle`.
+        options: Options.
+        base: Its `float_file`, if that exists.
+        progress: Progress callback.
+        int8: Its int8 file, if that exists, and the report of the calibration that its scales come from; see
+            `int8.check_int8`.
+    """
+    return _export(student, output, _form(options), progress, base, int8)
 
 
 class _Form(NamedTuple):
@@ -270,7 +281,12 @@ def _form(options: ExportOptions) -> _Form:
 
 
 def _export(
-    student: Student, target: Path, form: _Form, progress: Progress | None, base: FloatFile | None = None
+    student: Student,
+    target: Path,
+    form: _Form,
+    progress: Progress | None,
+    base: FloatFile | None = None,
+    int8: tuple[onnx.ModelProto, Quantisation] | None = None,
 ) -> Path:
     """Check a model's file, then write the bundle."""
     options, fix = form.options, "Check the model that it was made from: export MODEL --check .."
@@ -280,7 +296,7 @@ def _export(
     student, retiled = fit_to_gpus(student, form.images) if form.boards else (student, None)
     stream = stream_of(deploy(student, options.tokens), student.img_size) if options.stream else None
     base = (base if student is original else None) or float_file(student, options.tokens, form.batch)
-    file = _file(student.img_size, base, form, progress)
+    file = _file(student.img_size, base, form, progress, int8)
     model, user_call = student.model, None
     if form.call is not None:
         exact = options.precision == "fp32" and student.sparsity.is_dense
@@ -360,14 +376,23 @@ def float_file(
     return FloatFile(deployed, model, *check_export(model, deployed, size, (1, 3) if batch is None else (batch,)))
 
 
-def _file(size: ImageSize, base: FloatFile, form: _Form, progress: Progress | None) -> FloatFile:
+def _file(
+    size: ImageSize,
+    base: FloatFile,
+    form: _Form,
+    progress: Progress | None,
+    int8: tuple[onnx.ModelProto, Quantisation] | None,
+) -> FloatFile:
     """Convert the file to fp16, or to int8 with the rest as its target needs it."""
     model, golden, batches, options = base.model, base.golden, base.check.batches_run, form.options
     quantisation = float16 = judged = None
     if options.precision == "int8":
         framing = Framing(size, options.fit)
         images = [np.repeat(load_image(path, framing)[None], batches[0], 0) for path in form.images]
-        model, quantisation = quantise(model, images, options.int8_target, progress)
+        if int8 is None:
+            model, quantisation = quantise(model, images, options.int8_target, progress)
+        else:
+            model, quantisation = int8[0], check_int8(model, int8[0], images, int8[1])
         judged = held_out_images(images)[:3]
     if options.precision == "fp16" or options.int8_target == "tensorrt":
         images = [smooth_images(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -84,12 +85,45 @@ def quantise(
         more = _sensitive_layers(functools.partial(measure, free=True), layers, LEAST_FREE_COSINE, progress)
         restored = list(dict.fromkeys([*restored, *more]))
         free = measure(restored, free=True)
-    cosines, fix = measure(restored), "Calibrate with more images like those it will see, or export fp32."
-    how = f", with {len(restored)} of {len(layers)} linear layers left in float32"
-    require_cosines(cosines, LEAST_MEAN_COSINE, "int8", how, fix)
-    require_cosines(free, LEAST_FREE_COSINE, "int8", f", with its own merge matches{how}", fix)
-    report = Quantisation(cosines, free, len(layers) - len(restored), tuple(restored), len(calibrated), len(judged_on))
+    cosines, quantised = measure(restored), len(layers) - len(restored)
+    report = Quantisation(cosines, free, quantised, tuple(restored), len(calibrated), len(judged_on))
+    _require_report(report)
     return _restore(full, source, restored), report
+
+
+def check_int8(
+    model: onnx.ModelProto, quantised: onnx.ModelProto, images: Sequence[Array], like: Quantisation
+) -> Quantisation:
+    """Return the report of an int8 file whose scales were calibrated in another plan's file.
+
+    Args:
+        model: The float32 file.
+        quantised: The int8 file.
+        images: The images of that calibration; every third is used for the check, if there are at least three.
+        like: Report of that calibration.
+
+    Raises:
+        GateError: See `quantise`.
+    """
+    held = held_out_images(images)
+    reference = Reference(model, held)
+    cosines = mean_cosines(reference.rows(quantised))
+    free = mean_cosines(reference.rows(quantised, free=True)) if reference.merges else {}
+    report = msgspec.structs.replace(like, cosines=cosines, own_matches_cosines=free, held_out=len(held))
+    _require_report(report)
+    return report
+
+
+def _require_report(report: Quantisation) -> None:
+    """Refuse an int8 file whose outputs differ too much.
+
+    Raises:
+        GateError: See `quantise`.
+    """
+    kept, fix = len(report.kept), "Calibrate with more images like those it will see, or export fp32."
+    how = f", with {kept} of {kept + report.quantised} linear layers left in float32"
+    require_cosines(report.cosines, LEAST_MEAN_COSINE, "int8", how, fix)
+    require_cosines(report.own_matches_cosines, LEAST_FREE_COSINE, "int8", f", with its own merge matches{how}", fix)
 
 
 def quantise_fully(model: onnx.ModelProto, inputs: Sequence[Array]) -> onnx.ModelProto:

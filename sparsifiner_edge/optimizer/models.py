@@ -13,10 +13,12 @@ from pathlib import Path
 import onnx
 from msgspec.structs import replace
 
+from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import open_bundle, seal_bundle
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.export import ExportOptions, FloatFile, export_student, float_file
+from sparsifiner_edge.export.int8 import quantise_like
 from sparsifiner_edge.export.replan import replan
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.ops.triton.schedule import LEAST_CAPABILITY
@@ -108,19 +110,18 @@ class Models:
             bundle = open_bundle(folder)
             self._bases[precision] = bundle.model(), bundle.manifest
         model, manifest = self._bases[precision]
-        shape, sparsity = manifest.shape, self.student.sparsity
-        assert shape is not None
         name = f"trial-{precision}"
         folder = self._folder / (f"{name}-{len(list(self._folder.glob(f'{name}-*')))}" if own else name)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        derived = replan(model, sparsity, plan, shape.patches, shape.prefix)
-        (folder / MODEL_FILE).write_bytes(derived.SerializeToString())
-        seal_bundle(folder, replace(manifest, plan=plan, sparsity=plan.config(sparsity)))
+        (folder / MODEL_FILE).write_bytes(self._derived(model, manifest, plan).SerializeToString())
+        seal_bundle(folder, replace(manifest, plan=plan, sparsity=plan.config(self.student.sparsity)))
         return folder
 
     def export(self, plan: LayerPlan, precision: str) -> Path:
-        """Return the bundle of a plan, checked against torch and calibrated for this plan.
+        """Return the bundle of a plan, checked against torch.
+
+        An int8 file has the scales that were calibrated for `family.everything`, if a trial has calibrated them.
 
         Raises:
             GateError: The precision adds too much error.
@@ -140,14 +141,33 @@ class Models:
             folder = self._folder / f"bundle-{len(self._exported)}"
             with self._clock.step(f"export {precision}", f"exporting {dense_text}{precision}"):
                 base = self._float_file(student, plan)
+                int8 = self._int8_file(base.model, plan) if precision == "int8" else None
                 try:
-                    export_student(student, folder, options, base, self._clock.tell)
+                    export_student(student, folder, options, base, self._clock.tell, int8)
                 except ConfigError:  # Nothing can be compiled for the board: function bodies run it.
                     if not options.boards:
                         raise
                     export_student(student, folder, dataclasses.replace(options, boards=()), base, self._clock.tell)
             self._exported[plan, precision] = folder
         return self._exported[plan, precision]
+
+    def _int8_file(self, model: onnx.ModelProto, plan: LayerPlan) -> tuple[onnx.ModelProto, Quantisation] | None:
+        """Return the int8 file of a plan and the report of its calibration, if one with everything was calibrated."""
+        if self._base is None or "int8" not in self._bases:
+            return None
+        calibrated, manifest = self._bases["int8"]
+        assert manifest.quantisation is not None
+        if plan.is_dense:
+            try:
+                return quantise_like(model, self._base.model, calibrated), manifest.quantisation
+            except GateError:
+                return None
+        return self._derived(calibrated, manifest, plan), manifest.quantisation
+
+    def _derived(self, model: onnx.ModelProto, manifest: Manifest, plan: LayerPlan) -> onnx.ModelProto:
+        shape = manifest.shape
+        assert shape is not None
+        return replan(model, self.student.sparsity, plan, shape.patches, shape.prefix)
 
     def is_exported(self, plan: LayerPlan, precision: str) -> bool:
         """Return True if `export` has made this bundle."""

@@ -355,7 +355,7 @@ def choose_deployments(search: Search, plan: LayerPlan) -> list[Deployment]:
                 f"in another precision, {deployment.backend} took {min(slower):.1f} times "
                 "as long as the fastest combination"
             )
-        elif search.clock.elapsed_s > until:
+        elif search.clock.elapsed_s + search.clock.took("evaluating", "timing") > until:
             search.excluded[deployment] = "there was no time to try it"
         else:
             try:
