@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper, inliner, numpy_helper
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import SparsityConfig
@@ -30,7 +30,7 @@ _OWN_TOKENS = "own_tokens"
 def replan(
     model: onnx.ModelProto, sparsity: SparsityConfig, plan: LayerPlan, patches: int, prefix: int
 ) -> onnx.ModelProto:
-    """Return a copy of a file with another plan.
+    """Return a copy of a file with another plan; the dense plan's file has ONNX's own operators only.
 
     Args:
         model: File of batch 1, in float32 or int8, in which every layer merges that merges in the plan, and every layer
@@ -65,6 +65,16 @@ def replan(
     tidy(model)
     del model.functions[:]
     add_bodies(model)
+    return _inlined(model) if plan.is_dense else model
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the file with the bodies of its custom operators in their place, for engines to fuse as they like."""
+    model = inliner.inline_local_functions(model)
+    kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    tidy(model)
     return model
 
 

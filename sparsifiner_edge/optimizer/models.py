@@ -16,9 +16,8 @@ from msgspec.structs import replace
 from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import open_bundle, seal_bundle
-from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import ExportOptions, FloatFile, export_student, float_file
-from sparsifiner_edge.export.int8 import quantise_like
 from sparsifiner_edge.export.replan import replan
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.ops.triton.schedule import LEAST_CAPABILITY
@@ -141,7 +140,7 @@ class Models:
             folder = self._folder / f"bundle-{len(self._exported)}"
             with self._clock.step(f"export {precision}", f"exporting {dense_text}{precision}"):
                 base = self._float_file(student, plan)
-                int8 = self._int8_file(base.model, plan) if precision == "int8" else None
+                int8 = self._int8_file(plan) if precision == "int8" else None
                 try:
                     export_student(student, folder, options, base, self._clock.tell, int8)
                 except ConfigError:  # Nothing can be compiled for the board: function bodies run it.
@@ -151,17 +150,12 @@ class Models:
             self._exported[plan, precision] = folder
         return self._exported[plan, precision]
 
-    def _int8_file(self, model: onnx.ModelProto, plan: LayerPlan) -> tuple[onnx.ModelProto, Quantisation] | None:
+    def _int8_file(self, plan: LayerPlan) -> tuple[onnx.ModelProto, Quantisation] | None:
         """Return the int8 file of a plan and the report of its calibration, if one with everything was calibrated."""
-        if self._base is None or "int8" not in self._bases:
+        if self._board is not None or "int8" not in self._bases:
             return None
         calibrated, manifest = self._bases["int8"]
         assert manifest.quantisation is not None
-        if plan.is_dense:
-            try:
-                return quantise_like(model, self._base.model, calibrated), manifest.quantisation
-            except GateError:
-                return None
         return self._derived(calibrated, manifest, plan), manifest.quantisation
 
     def _derived(self, model: onnx.ModelProto, manifest: Manifest, plan: LayerPlan) -> onnx.ModelProto:
@@ -174,7 +168,7 @@ class Models:
         return (plan, precision) in self._exported
 
     def _float_file(self, student: Student, plan: LayerPlan) -> FloatFile:
-        if plan.is_dense or self._board is not None:
+        if self._board is not None:
             return float_file(student, tokens=True)
         typical = everything(self.student)
         if self._base is None:

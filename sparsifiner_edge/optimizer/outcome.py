@@ -227,12 +227,13 @@ def _check(search: Search, best: Attempt) -> Quantity:
 
 def _points(search: Search, deployment: Deployment) -> list[Point]:
     """Return the plans that were measured in a deployment on all selection images."""
-    plans = [
-        plan
-        for (plan, where), errors in search.errors.items()
-        if where == deployment and len(errors) == len(search.selection)
-    ]
-    rows = [(search.error(plan, deployment), search.latency(plan, deployment)) for plan in plans]
+    plans, rows = list[LayerPlan](), list[tuple[float, float]]()
+    for (plan, where), errors in search.errors.items():
+        if where == deployment and len(errors) == len(search.selection):
+            ms = search.known_ms(plan, deployment)
+            if ms is not None:
+                plans.append(plan)
+                rows.append((search.error(plan, deployment), ms))
     points = [
         Point(
             merge=merge_text(plan.merge),

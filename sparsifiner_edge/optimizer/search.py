@@ -181,9 +181,14 @@ class Search:
 
     def latency(self, plan: LayerPlan, deployment: Deployment) -> float:
         """Return the time of a plan, smoothed over all plans that were timed in the deployment."""
+        known = self.known_ms(plan, deployment)
+        return self.time(plan, deployment) if known is None else known
+
+    def known_ms(self, plan: LayerPlan, deployment: Deployment) -> float | None:
+        """Return the time of a plan as far as earlier timings tell it, else None."""
         timed = {known: ms for (known, where), ms in self.ms.items() if where == deployment}
         if not deployment.is_here or len(timed) < LEAST_TIMED:
-            return self.time(plan, deployment)
+            return timed.get(plan)
         key, fitted = self._fitted
         if fitted is None or key != (deployment, len(timed)):
             fitted = Latency(self.subject.patches, list(timed), list(timed.values()))

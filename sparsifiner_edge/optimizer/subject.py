@@ -21,7 +21,7 @@ from sparsifiner_edge.runtime.open import checked_bundle, session_on
 
 CLOSING_TIMED = 6
 """Number of complete models that are timed at the end."""
-CLOSING_SHARE = 0.2
+CLOSING_SHARE = 0.12
 """Maximum share of the whole time for that."""
 
 
