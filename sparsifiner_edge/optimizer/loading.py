@@ -39,6 +39,12 @@ LEARNING_IMAGES = 4.0
 """Fitting the predictors to an image takes about as long as the dense model does for this many images."""
 LEARNING_SHARE = 0.12
 """Maximum share of the whole time for fitting the predictors."""
+INT8_IMAGES = 9
+"""Maximum number of images for int8 calibration."""
+LEAST_INT8_IMAGES = 6
+"""Minimum of them, if there are so many."""
+INT8_SHARE = 0.01
+"""Share of the whole time that the dense model takes for the images for int8 calibration."""
 DENSE_SHARE = 0.08
 """Maximum share of the whole time for running the dense model on all images."""
 
@@ -112,6 +118,12 @@ def open_trial(request: SearchRequest, source: Source, clock: Clock) -> tuple[Se
         paths = [*request.images, *request.reserved]
     with clock.step("dense", f"the dense model on {len(paths)} images"):
         return request, Trial(student, teacher, paths, request.metric, request.fit, clock.tell)
+
+
+def calibration_images(request: SearchRequest, clock: Clock) -> list[Path]:
+    """Return the images for int8 calibration, the first ones; few if the model is slow for the time limit."""
+    count = int(INT8_SHARE * clock.seconds / clock.took("dense image"))
+    return request.images[: min(max(count, LEAST_INT8_IMAGES), INT8_IMAGES)]
 
 
 def fit_predictors(request: SearchRequest, source: Source, clock: Clock) -> tuple[Source, str | None]:

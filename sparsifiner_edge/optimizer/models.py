@@ -33,8 +33,6 @@ from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 
-INT8_IMAGES = 9
-"""Maximum number of images for int8 calibration."""
 DENSE_INT8_IMAGES = 4
 """Maximum number of images for int8 calibration of the dense model, which is only the baseline."""
 QUICK = Rules(seconds=0.4, min_queries=8, blocks=8, max_seconds=8.0)
@@ -75,7 +73,7 @@ class Models:
     ) -> None:
         self._folder, self.student, self._dense, self._clock, self._board = folder, student, dense, clock, board
         self._options = dataclasses.replace(options, tokens=True)
-        self._calibration = link_images(folder / "calibration", evenly(images, INT8_IMAGES))
+        self._calibration = link_images(folder / "calibration", images)
         self._dense_calibration = link_images(folder / "few", evenly(images, DENSE_INT8_IMAGES))
         self._bases: dict[str, tuple[onnx.ModelProto, Manifest]] = {}
         self._exported: dict[tuple[LayerPlan, str], Path] = {}

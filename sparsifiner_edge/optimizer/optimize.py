@@ -17,8 +17,8 @@ from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.export.export import ExportOptions
 from sparsifiner_edge.files import io_errors, replace_folder, scratch_folder
 from sparsifiner_edge.optimizer.clock import Clock
-from sparsifiner_edge.optimizer.loading import fit_predictors, load, open_trial
-from sparsifiner_edge.optimizer.models import INT8_IMAGES, Models, Stopwatch, takes_kernels
+from sparsifiner_edge.optimizer.loading import calibration_images, fit_predictors, load, open_trial
+from sparsifiner_edge.optimizer.models import Models, Stopwatch, takes_kernels
 from sparsifiner_edge.optimizer.outcome import close, outcome
 from sparsifiner_edge.optimizer.picture import draw_pareto_front
 from sparsifiner_edge.optimizer.request import OptimizeOptions, read_request
@@ -97,12 +97,11 @@ def optimize(
             found, remark = fit_predictors(request, found, clock)
             if found.path is not None:
                 save_student(found.student, folder / START)
-            calibrating = min(INT8_IMAGES, len(request.images))
+            calibrating = calibration_images(request, clock)
             form = ExportOptions(fit=request.fit, labels=options.labels)
-            images_of = request.images[:calibrating], form, request.board
-            models = Models(scratch, found.student, found.dense, clock, *images_of)
+            models = Models(scratch, found.student, found.dense, clock, calibrating, form, request.board)
             stopwatch = stack.enter_context(Stopwatch(clock))
-            subject = Subject(trial, models, stopwatch, clock, request.board, calibrating)
+            subject = Subject(trial, models, stopwatch, clock, request.board, len(calibrating))
             search = Search(request, subject, clock, lambda attempt: _keep(models, attempt, folder / BUNDLE))
             search.remarks += [remark] if remark else []
             run(search)

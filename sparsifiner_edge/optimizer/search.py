@@ -43,7 +43,7 @@ EVALUATION_SHARE = 0.01
 """Share of the whole time in which a plan is evaluated; slower models are compared on fewer images."""
 MIN_SELECTION = 8
 """Minimum number of selection images, if there are so many."""
-DEPLOYMENTS_SHARE = 0.16
+DEPLOYMENTS_SHARE = 0.12
 """Share of the whole time for trying deployments."""
 FAR = 1.4
 """A backend that is slower than another by this factor is tried in no other precision."""
@@ -63,8 +63,8 @@ STEPS = (0.3, 0.15)
 """Relative changes of the merges of single layers that are tried, one after the other."""
 BOLD = 0.6
 """Exponent by which the merges of a layer follow how much it gains compared with the other layers."""
-ACCEPTS = 3
-"""Maximum number of exports to bring an answer within the bound."""
+ACCEPT_TRIES = 3
+"""Maximum number of plans that are measured on all images to bring an answer within the bound."""
 
 
 class Attempt(NamedTuple):
@@ -275,41 +275,55 @@ class Search:
         return self.clock.fits(*kinds, reserve_s=self.subject.closing_s())
 
     def accept(self, shape: Shape, deployment: Deployment, scale: float) -> float:
-        """Export a shape so that it meets the bound on all images, and keep it if it is the best so far.
+        """Bring a shape within the bound on all images, export it, and keep it if it is the best so far.
 
         Returns:
-            The scale that was exported last, or the given one if there was no time.
+            The scale that was exported, or the given one if there was no time.
 
         Raises:
             GateError: See `error`.
             BackendError: See `error`.
         """
-        exported = scale
-        for _ in range(ACCEPTS):
-            plan = shape.plan(scale, self.subject.patches)
-            attempt = next((one for one in self.attempts if (one.plan, one.deployment) == (plan, deployment)), None)
-            if attempt is None:
-                if self.attempts and not self.fits("export " + deployment.precision, "evaluating", "timing"):
-                    break
-                attempt = self._export(plan, deployment)
-            exported, reached = scale, self.bounded(attempt)
-            if WINDOW[0] * self.limit <= reached <= WINDOW[1] * self.limit:
+        tried = dict[float, Attempt]()
+        while len(tried) < ACCEPT_TRIES:
+            if self.attempts and not self.fits("evaluating", "timing", f"export {deployment.precision}"):
+                return scale
+            tried[scale] = attempt = self._measure(shape.plan(scale, self.subject.patches), deployment)
+            reached = self.bounded(attempt)
+            following = self.rescaled(shape, scale, reached)
+            within = WINDOW[0] * self.limit <= reached <= WINDOW[1] * self.limit
+            if within or following in tried or not self.fits("evaluating", f"export {deployment.precision}"):
                 break
-            scale = self.rescaled(shape, scale, reached)
-        return exported
+            scale = following
+        scale = min(tried, key=lambda one: self._distance(tried[one]))
+        self._export(tried[scale])
+        return scale
 
-    def _export(self, plan: LayerPlan, deployment: Deployment) -> Attempt:
-        """Export and measure a plan, and keep it if it is the best so far."""
-        errors, count = self.subject.exported_errors(plan, deployment), len(self.request.images)
-        ms = self.subject.exported_ms(plan, deployment)
+    def _distance(self, attempt: Attempt) -> tuple[bool, float]:
+        """Return a sort key: attempts within the bound first, then the closest to it."""
+        reached = self.bounded(attempt)
+        return reached > self.limit, abs(math.log(reached / self.limit))
+
+    def _measure(self, plan: LayerPlan, deployment: Deployment) -> Attempt:
+        """Measure a plan on all images."""
+        errors, count = self.subject.all_errors(plan, deployment), len(self.request.images)
+        ms = math.nan if self.bound.by_fidelity else self.time(plan, deployment)
         attempt = Attempt(plan, deployment, ms, errors[:count], errors[count:])
+        chosen = [errors[place] for place in self.selection]
+        self.errors[plan, deployment] = chosen
+        if self.bound.by_fidelity:
+            self.factor = self.bounded(attempt) / max(fmean(chosen), self.subject.least)
+        return attempt
+
+    def _export(self, attempt: Attempt) -> None:
+        """Export and time a plan, and keep it if it is the best so far."""
+        if any((one.plan, one.deployment) == (attempt.plan, attempt.deployment) for one in self.attempts):
+            return
+        attempt = attempt._replace(ms=self.subject.exported_ms(attempt.plan, attempt.deployment))
+        self.ms[attempt.plan, attempt.deployment] = attempt.ms
         self.attempts.append(attempt)
         if min(self.attempts, key=self.order) is attempt:
             self._keep(attempt)
-        known = self.errors.get((plan, deployment), [])
-        if self.bound.by_fidelity and len(known) == len(self.selection):
-            self.factor = self.bounded(attempt) / max(fmean(known), self.subject.least)
-        return attempt
 
     def bounded(self, attempt: Attempt) -> float:
         """Return the bounded quantity of an attempt.
@@ -376,7 +390,8 @@ def choose_deployments(search: Search, plan: LayerPlan) -> list[Deployment]:
 
 def time_dense(search: Search, deployments: Sequence[Deployment]) -> None:
     """Time the dense model where it may be fastest."""
-    for host in list(dict.fromkeys(deployment.dense_host for deployment in deployments))[:MOST_DENSE]:
+    hosts = dict.fromkeys(deployment.dense_host for deployment in deployments)
+    for host in [host for host in hosts if host not in search.dense][: MOST_DENSE - len(search.dense)]:
         kinds = [f"export {host.precision}", "timing"]
         if search.dense and not search.clock.fits(*kinds):
             return
@@ -398,6 +413,7 @@ def run(search: Search) -> None:
     while not search.attempts:
         try:
             search.split_images(shape.plan(scale, search.subject.patches), deployments[0])
+            time_dense(search, deployments[:1])
             start = search.accept(shape, deployments[0], search.fit(shape, deployments[0], scale))
         except (GateError, BackendError) as refusal:
             search.exclude(deployments.pop(0), refusal)

@@ -80,14 +80,17 @@ class Subject:
             return self._estimate(plan, deployment.precision)
         return self._stopwatch.ms(self._models.trial(plan, deployment.precision), deployment)
 
-    def exported_errors(self, plan: LayerPlan, deployment: Deployment) -> list[float]:
-        """Return the errors of a plan's own bundle on all images.
+    def all_errors(self, plan: LayerPlan, deployment: Deployment) -> list[float]:
+        """Return the errors of a plan's file on all images, also for a board.
 
         Raises:
             GateError: See `errors`.
             BackendError: See `errors`.
         """
-        return self.errors_of(self._models.export(plan, deployment.precision), deployment, range(len(self.paths)))
+        places = range(len(self.paths))
+        if self._board is not None:
+            return self.errors_of(self._models.export(plan, deployment.precision), deployment, places)
+        return self.errors(plan, deployment, places)
 
     def exported_ms(self, plan: LayerPlan, deployment: Deployment) -> float:
         """Return the milliseconds of a plan's own bundle.
@@ -106,7 +109,8 @@ class Subject:
         Raises:
             BackendError: See `ms`.
         """
-        return self.exported_ms(LayerPlan.dense(len(self.sparse_layers)), deployment)
+        plan = LayerPlan.dense(len(self.sparse_layers))
+        return self.exported_ms(plan, deployment) if self._board is not None else self.ms(plan, deployment)
 
     def own_bundle(self, plan: LayerPlan, deployment: Deployment) -> Path:
         """Return a bundle that later calls leave alone: the exported one, or one that is derived.
@@ -114,7 +118,7 @@ class Subject:
         Raises:
             GateError: See `errors`.
         """
-        if plan.is_dense or self._board is not None or self._models.is_exported(plan, deployment.precision):
+        if self._board is not None or self._models.is_exported(plan, deployment.precision):
             return self._models.export(plan, deployment.precision)
         return self._models.trial(plan, deployment.precision, own=True)
 
