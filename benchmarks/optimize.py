@@ -202,8 +202,8 @@ class Referee:
                 plan = shape.plan(scale, self.patches)
                 fidelity = fmean(self.fidelities(self.models.trial(plan, deployment.precision), deployment))
                 low, high = (scale, high) if fidelity >= wanted else (low, scale)
-            for scale in (high, low):  # The nearest one that is not better than the answer, by its own export.
-                bundle = self.models.export(shape.plan(scale, self.patches), deployment.precision)
+            for scale in (high, low):  # The fastest one whose fidelity is at least the answer's.
+                bundle = self.models.trial(shape.plan(scale, self.patches), deployment.precision, own=True)
                 if fmean(self.fidelities(bundle, deployment)) >= wanted:
                     break
         except GateError as error:
@@ -212,7 +212,7 @@ class Referee:
 
     def dense(self, deployment: Deployment) -> Path:
         """Return the bundle of the dense model."""
-        return self.models.export(LayerPlan.dense(self.depth), deployment.precision)
+        return self.models.trial(LayerPlan.dense(self.depth), deployment.precision, own=True)
 
 
 def published_fidelities(folder: Path, answer: Candidate) -> list[float]:

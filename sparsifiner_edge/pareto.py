@@ -72,6 +72,28 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     pareto_optimal: bool
 
 
+class Interim(NamedTuple):
+    """The best model of a search so far, measured briefly.
+
+    Attributes:
+        merge: Merges by layer, as text.
+        keep: Shares of keys by layer, as text.
+        deployment: Where it runs.
+        fidelity: Fidelity on the held-out images.
+        ms: Its milliseconds.
+        dense: Deployment of the dense model.
+        dense_ms: Milliseconds of the dense model.
+    """
+
+    merge: str
+    keep: str
+    deployment: Deployment
+    fidelity: float
+    ms: float
+    dense: Deployment
+    dense_ms: float
+
+
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A plan that was exported, in one deployment; or the dense model.
 

@@ -247,6 +247,19 @@ def test_what_is_read_and_merged_is_what_the_layers_did(kind: str, size: Any) ->
         assert read.shape == (layer.tokens,)
 
 
+@pytest.mark.parametrize("kind", ["edge", "paper", "merging"])
+def test_what_one_patch_reads_is_a_part_of_what_all_read(kind: str) -> None:
+    made = student(sparsity=KINDS[kind])
+    image, patches = smooth_images(made.img_size)[0], made.backbone.patches
+    every = look(made, image)
+    ones = [look(made, image, patch) for patch in range(patches)]
+    for layer, (_, read, summary) in enumerate(every):
+        by_patch = [one[layer][1] for one in ones]
+        if kind != "paper":  # The class token is in it too.
+            assert all(one.sum() == pytest.approx(made.backbone.geometry.heads * summary.keys) for one in by_patch)
+        assert ((read > 0) == (sum(by_patch) > 0)).all()
+
+
 @pytest.mark.parametrize(("kind", "said"), [("dense", "is dense"), ("pruned", "prunes")])
 def test_what_has_no_explanation(kind: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -110,8 +110,13 @@ def explain_image(student: Student, path: Path, seed: int = 0) -> Explained:
 
 
 @torch.no_grad()
-def look(student: Student, image: Pixels) -> list[Layer]:
-    """Return what each layer reads and merges of an image uint8 [H,W,3].
+def look(student: Student, image: Pixels, patch: int | None = None) -> list[Layer]:
+    """Return what each layer reads and merges of an image.
+
+    Args:
+        student: The sparse model.
+        image: uint8 [H,W,3].
+        patch: Position of a patch in raster order: count only what its query tile reads. None counts all.
 
     Raises:
         ConfigError: No layer is sparse or merges, or the model prunes tokens.
@@ -124,13 +129,19 @@ def look(student: Student, image: Pixels) -> list[Layer]:
     records: list[Layer] = []
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_watch(layer, records))
+            stack.enter_context(_watch(layer, records, patch))
         outputs_of(student.model.eval(), normalise(torch.from_numpy(image)[None], student.normalisation), tokens=True)
     return records
 
 
+def _places(layer: SparseLayer, entered: CarriedTokens) -> torch.Tensor:
+    """Return the token of each patch, in raster order."""
+    places = torch.arange(entered.positions.shape[1]) if entered.places is None else entered.places[0]
+    return places[layer.curve.raster]
+
+
 @contextlib.contextmanager
-def _watch(layer: SparseLayer, records: list[Layer]) -> Iterator[None]:
+def _watch(layer: SparseLayer, records: list[Layer], patch: int | None) -> Iterator[None]:
     entered: CarriedTokens | None = None
     read: torch.Tensor | None = None
 
@@ -142,6 +153,10 @@ def _watch(layer: SparseLayer, records: list[Layer]) -> Iterator[None]:
         nonlocal read
         if isinstance(attention, SparseAttention) and attention.sparsity.keep != 1 and entered is not None:
             lists, patches = attention.indices(outputs[1], entered.sizes)[0], entered.positions.shape[1]
+            if patch is not None:
+                queries = 1 if isinstance(attention, LandmarkAttention) else attention.sparsity.tile
+                tile = int(_places(layer, entered)[patch]) // queries
+                lists = lists[:, tile : tile + 1]
             # The published method lists all tokens, the preset "edge" only patches.
             listed = entered.values.shape[1] if isinstance(attention, LandmarkAttention) else patches
             read = torch.bincount(lists.long().flatten(), minlength=listed)[listed - patches :] / lists.shape[1]
@@ -149,7 +164,6 @@ def _watch(layer: SparseLayer, records: list[Layer]) -> Iterator[None]:
     def leave(_: Any, __: Any, output: Any) -> None:
         assert entered is not None
         patches = entered.positions.shape[1]
-        places = torch.arange(patches) if entered.places is None else entered.places[0]
         share = np.ones(patches) if read is None else np.asarray(read.numpy())
         sparse = layer.packed_attention if read is not None else None
         summary = LayerSummary(
@@ -158,7 +172,7 @@ def _watch(layer: SparseLayer, records: list[Layer]) -> Iterator[None]:
             merged=patches - layer.receive(output).positions.shape[1],
             keys=sparse.layout.keys if isinstance(sparse, SparseAttention) else None,
         )
-        records.append((np.asarray(places[layer.curve.raster].numpy()), share, summary))
+        records.append((np.asarray(_places(layer, entered).numpy()), share, summary))
 
     hooks = [
         layer.register_forward_pre_hook(enter),

@@ -252,7 +252,7 @@ class Stopwatch:
             most_s: Approximate maximum of seconds for each.
 
         Returns:
-            The times of as many of the first bundles as there was time for, but at least two.
+            The times of as many of the first bundles as there was time for, but at least one.
 
         Raises:
             BackendError: See `ms`.
@@ -260,7 +260,7 @@ class Stopwatch:
         with contextlib.ExitStack() as stack:
             sides = list[MeasuredSide]()
             for bundle, deployment in bundles:
-                if len(sides) > 1 and not self._clock.fits("loading", reserve_s=MIN_LAST_S * (len(sides) + 1)):
+                if sides and not self._clock.fits("loading", reserve_s=MIN_LAST_S * (len(sides) + 1)):
                     break
                 with self._clock.step("loading", f"loading for {deployment}"):
                     sides.append(stack.enter_context(self._side(bundle, deployment)))

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -24,7 +24,7 @@ from sparsifiner_edge.optimizer.picture import draw_pareto_front
 from sparsifiner_edge.optimizer.request import OptimizeOptions, read_request
 from sparsifiner_edge.optimizer.search import Attempt, Search, run
 from sparsifiner_edge.optimizer.subject import Subject
-from sparsifiner_edge.pareto import SearchResult
+from sparsifiner_edge.pareto import Interim, SearchResult
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.report import write_report
@@ -49,6 +49,7 @@ def optimize(
     model: ModelOptions | None = None,
     teacher: str | None = None,
     progress: Progress | None = None,
+    better: Callable[[Interim], None] | None = None,
     stop: threading.Event | None = None,
 ) -> SearchResult:
     """Find the fastest plan that keeps a fidelity here, or the most faithful one within a latency, as a bundle.
@@ -66,6 +67,7 @@ def optimize(
         model: How the source, or the teacher, is loaded.
         teacher: Dense model of a sparse model that was trained.
         progress: Progress callback; counts seconds.
+        better: Called with the first model that was measured against the dense model, and with each better one.
         stop: Event that ends the search with the best result so far, after the current step.
 
     Returns:
@@ -102,7 +104,7 @@ def optimize(
             models = Models(scratch, found.student, found.dense, clock, calibrating, form, request.board)
             stopwatch = stack.enter_context(Stopwatch(clock))
             subject = Subject(trial, models, stopwatch, clock, request.board, len(calibrating))
-            search = Search(request, subject, clock, lambda attempt: _keep(models, attempt, folder / BUNDLE))
+            search = Search(request, subject, clock, lambda attempt: _keep(models, attempt, folder / BUNDLE), better)
             search.remarks += [remark] if remark else []
             run(search)
         if search is None or not search.attempts:

@@ -65,9 +65,8 @@ def close(search: Search) -> Closing:
     """Measure the best bundles, the dense model and the steps between them in turn, as far as there is time."""
     ranked = sorted(search.attempts, key=search.order)[:FINALISTS]
     best, others = ranked[0], [(one.plan, one.deployment) for one in ranked[1:]]
-    dense = [
-        (LayerPlan.dense(len(best.plan.keep)), host) for host in sorted(search.dense, key=search.dense.__getitem__)
-    ]
+    hosts = sorted(search.dense, key=search.dense.__getitem__) or [best.deployment.dense_host]
+    dense = [(LayerPlan.dense(len(best.plan.keep)), host) for host in hosts]
     steps = [(plan, deployment) for _, plan, deployment in lever_steps(search, best)]
     wanted = list(dict.fromkeys([(best.plan, best.deployment), *dense[:1], *steps, *others, *dense[1:]]))
     try:
@@ -94,7 +93,7 @@ def _measure(search: Search, wanted: Sequence[Model]) -> dict[Model, Timed]:
     bundles, known = dict[Model, Path](), {(one.plan, one.deployment): one.reserved for one in search.attempts}
     errors = dict[Model, list[float]]()
     for plan, where in wanted:
-        if len(bundles) > 1 and not search.clock.fits("evaluating", *["loading"] * (len(bundles) + 1)):
+        if bundles and not search.clock.fits("evaluating", *["timing"] * (len(bundles) + 1)):
             break
         bundles[plan, where] = subject.own_bundle(plan, where)
         errors[plan, where] = known.get((plan, where)) or subject.errors_of(bundles[plan, where], where, held)

@@ -7,10 +7,11 @@ reference. The best bundle so far is always kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
+from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.family import Shape, changed_layers, family, variants
@@ -18,7 +19,7 @@ from sparsifiner_edge.optimizer.latency import LEAST_TIMED, Latency
 from sparsifiner_edge.optimizer.request import SearchRequest
 from sparsifiner_edge.optimizer.subject import Subject
 from sparsifiner_edge.optimizer.trial import evenly_by_error
-from sparsifiner_edge.pareto import Deployment
+from sparsifiner_edge.pareto import Deployment, Interim
 from sparsifiner_edge.plan import LayerPlan
 
 AIM = 0.94
@@ -33,6 +34,8 @@ FITTED = 0.05
 """Relative distance from the aim at which a shape counts as fitted."""
 STEEP = 1.8
 """Assumed exponent of the error as a function of the scale of the merges."""
+EXPONENTS = (1.0, 5.0)
+"""Bounds of this exponent where it is learnt."""
 FLAT = -0.5
 """Assumed exponent of the time as a function of the scale of the merges."""
 ELASTICITY = 0.45
@@ -51,7 +54,7 @@ CLOSE = 3
 """Number of deployments that are tried again with the improved plan."""
 MOST_DENSE = 3
 """Maximum number of deployments in which the dense model is timed."""
-MATCHES = 3
+MATCHES = 2
 """Maximum number of plans that are measured to give a shape the error of another."""
 ALIKE = 0.15
 """Difference of the logarithms of two errors at which they count as equal; the elasticity corrects the rest."""
@@ -93,6 +96,7 @@ class Search:
         subject: Measures plans.
         clock: Time budget.
         keep: Called with every attempt that is better than the ones before.
+        announce: Called with the best attempt when the dense model was timed, and when a better one is found.
 
     Attributes:
         errors: Errors by plan and deployment on the selection images, or on the first of them.
@@ -103,6 +107,7 @@ class Search:
         remarks: Remarks for the user.
         limit: Limit of the bounded quantity: error, or milliseconds with room for another measurement.
         anchor: Level at which plans are compared.
+        exponent: Exponent of the level as a function of the scale of the merges, learnt from measured plans.
         factor: Ratio of the bounded error of an exported plan to its error on the selection images.
         settled: True if the search ended because no change helped any more.
     """
@@ -113,8 +118,10 @@ class Search:
         subject: Subject,
         clock: Clock,
         keep: Callable[[Attempt], None],
+        announce: Callable[[Interim], None] | None = None,
     ) -> None:
-        self.request, self.bound, self.subject, self.clock, self._keep = request, request.bound, subject, clock, keep
+        self.request, self.bound, self.subject, self.clock = request, request.bound, subject, clock
+        self._keep, self._announce = keep, announce
         self.selection = list(range(len(request.images)))
         self.errors, self.ms = (
             dict[tuple[LayerPlan, Deployment], list[float]](),
@@ -123,7 +130,7 @@ class Search:
         self.excluded, self.attempts, self.dense = dict[Deployment, str](), list[Attempt](), dict[Deployment, float]()
         self.remarks, self.factor, self.settled = list[str](), 1.0, False
         self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
-        self.anchor, self._left = self.aim, set[Shape]()
+        self.anchor, self.exponent, self._left = self.aim, STEEP, set[Shape]()
         self._slope = STEEP if self.bound.by_fidelity else FLAT
         self._fitted: tuple[tuple[Deployment, int] | None, Latency | None] = None, None
 
@@ -197,18 +204,33 @@ class Search:
 
     def matched(self, shape: Shape, deployment: Deployment, scale: float) -> float:
         """Return the scale at which a shape has about the level `anchor`, so that its time can be compared."""
-        for _ in range(MATCHES):
-            found = self.level(shape.plan(scale, self.subject.patches), deployment)
-            if abs(math.log(found / self.anchor)) < ALIKE or not self.fits("evaluating"):
+        tried = dict[float, float]()
+        while len(tried) < MATCHES:
+            tried[scale] = found = self.level(shape.plan(scale, self.subject.patches), deployment)
+            self._learn(tried)
+            following = self._anchored(shape, scale, found)
+            close = abs(math.log(found / self.anchor)) < ALIKE
+            if close or following in tried or not self.fits("evaluating"):
                 break
-            step = min(max((self.anchor / found) ** (1 / STEEP), 0.5), 2.0)
-            scale = shape.clip(scale * step, self.subject.patches)
-        return scale
+            scale = following
+        return min(tried, key=lambda one: abs(math.log(tried[one] / self.anchor)))
+
+    def _anchored(self, shape: Shape, scale: float, level: float) -> float:
+        """Return the scale at which a shape is expected to have the level `anchor`, from its level at another scale."""
+        step = min(max((self.anchor / level) ** (1 / self.exponent), 0.5), 2.0)
+        return shape.clip(scale * step, self.subject.patches)
+
+    def _learn(self, levels: Mapping[float, float]) -> None:
+        """Learn the exponent of the level from the last two scales of one shape."""
+        if len(levels) > 1:
+            one, two = list(levels)[-2:]
+            slope = math.log(levels[two] / levels[one]) / math.log(two / one)
+            self.exponent = (self.exponent + min(max(slope, EXPONENTS[0]), EXPONENTS[1])) / 2
 
     def cost(self, shape: Shape, deployment: Deployment, scale: float) -> float:
         """Return the milliseconds that a shape takes at the level `anchor`, predicted from its level at a scale."""
         level = self.level(shape.plan(scale, self.subject.patches), deployment)
-        anchored = shape.clip(scale * (self.anchor / level) ** (1 / STEEP), self.subject.patches)
+        anchored = self._anchored(shape, scale, level)
         return self.latency(shape.plan(anchored, self.subject.patches), deployment)
 
     def better(self, other: tuple[Shape, float], present: tuple[Shape, float], deployment: Deployment) -> bool:
@@ -274,6 +296,10 @@ class Search:
         """Return True if there is time for these steps before the closing measurements."""
         return self.clock.fits(*kinds, reserve_s=self.subject.closing_s())
 
+    def fits_change(self, deployment: Deployment, *kinds: str) -> bool:
+        """Return True if there is time for these steps, and to accept the changed plan afterwards."""
+        return self.fits(*kinds, "evaluating", "evaluating", f"export {deployment.precision}", "timing")
+
     def accept(self, shape: Shape, deployment: Deployment, scale: float) -> float:
         """Bring a shape within the bound on all images, export it, and keep it if it is the best so far.
 
@@ -307,7 +333,10 @@ class Search:
     def _measure(self, plan: LayerPlan, deployment: Deployment) -> Attempt:
         """Measure a plan on all images."""
         errors, count = self.subject.all_errors(plan, deployment), len(self.request.images)
-        ms = math.nan if self.bound.by_fidelity else self.time(plan, deployment)
+        if self.bound.by_fidelity:  # If it is not timed: the last plan in this deployment had about this time.
+            ms = next((ms for (_, where), ms in reversed(self.ms.items()) if where == deployment), math.inf)
+        else:
+            ms = self.time(plan, deployment)
         attempt = Attempt(plan, deployment, ms, errors[:count], errors[count:])
         chosen = [errors[place] for place in self.selection]
         self.errors[plan, deployment] = chosen
@@ -319,11 +348,22 @@ class Search:
         """Export and time a plan, and keep it if it is the best so far."""
         if any((one.plan, one.deployment) == (attempt.plan, attempt.deployment) for one in self.attempts):
             return
-        attempt = attempt._replace(ms=self.subject.exported_ms(attempt.plan, attempt.deployment))
-        self.ms[attempt.plan, attempt.deployment] = attempt.ms
+        self.subject.export(attempt.plan, attempt.deployment)
+        if self.attempts or self.fits("timing"):
+            attempt = attempt._replace(ms=self.subject.exported_ms(attempt.plan, attempt.deployment))
+            self.ms[attempt.plan, attempt.deployment] = attempt.ms
         self.attempts.append(attempt)
         if min(self.attempts, key=self.order) is attempt:
             self._keep(attempt)
+            self.announce()
+
+    def announce(self) -> None:
+        """Tell the caller the best attempt so far, if the dense model was timed."""
+        if self.dense and self._announce:
+            best, dense = min(self.attempts, key=self.order), min(self.dense, key=self.dense.__getitem__)
+            plan = merge_text(best.plan.merge), keep_text(best.plan.short_keep)
+            told = Interim(*plan, best.deployment, 1 - fmean(best.reserved), best.ms, dense, self.dense[dense])
+            self._announce(told)
 
     def bounded(self, attempt: Attempt) -> float:
         """Return the bounded quantity of an attempt.
@@ -374,7 +414,9 @@ def choose_deployments(search: Search, plan: LayerPlan) -> list[Deployment]:
                 f"in another precision, {deployment.backend} took {min(slower):.1f} times "
                 "as long as the fastest combination"
             )
-        elif search.clock.elapsed_s + search.clock.took("evaluating", "timing") > until:
+        elif search.clock.elapsed_s + search.clock.took("evaluating", "timing") > until or (
+            scores and not search.fits("evaluating", "timing")
+        ):
             search.excluded[deployment] = "there was no time to try it"
         else:
             try:
@@ -392,8 +434,7 @@ def time_dense(search: Search, deployments: Sequence[Deployment]) -> None:
     """Time the dense model where it may be fastest."""
     hosts = dict.fromkeys(deployment.dense_host for deployment in deployments)
     for host in [host for host in hosts if host not in search.dense][: MOST_DENSE - len(search.dense)]:
-        kinds = [f"export {host.precision}", "timing"]
-        if search.dense and not search.clock.fits(*kinds):
+        if not search.fits("timing"):
             return
         try:
             search.dense[host] = search.subject.dense_ms(host)
@@ -404,24 +445,33 @@ def time_dense(search: Search, deployments: Sequence[Deployment]) -> None:
 def run(search: Search) -> None:
     """Search until the time is over or no change helps any more.
 
+    The first answer comes from the deployment that is most likely the fastest; the others are compared afterwards.
+
     Raises:
         GateError: No deployment is left.
         BackendError: No deployment is left.
     """
     shape, scale = family(search.subject.student)
-    deployments = choose_deployments(search, shape.plan(scale, search.subject.patches))
+    patches = search.subject.patches
     while not search.attempts:
+        first = next(one for one in search.request.deployments if one not in search.excluded)
         try:
-            search.split_images(shape.plan(scale, search.subject.patches), deployments[0])
-            time_dense(search, deployments[:1])
-            start = search.accept(shape, deployments[0], search.fit(shape, deployments[0], scale))
+            search.split_images(shape.plan(scale, patches), first)
+            scale = search.accept(shape, first, search.fit(shape, first, scale))
         except (GateError, BackendError) as refusal:
-            search.exclude(deployments.pop(0), refusal)
-            if not deployments:
-                raise
-    time_dense(search, deployments)
+            search.exclude(first, refusal)
+    time_dense(search, [first])
+    search.announce()
     try:
-        improve(search, shape, start, deployments)
+        deployments = choose_deployments(search, shape.plan(scale, patches))
+        while deployments[0] != first and search.fits("evaluating", "timing"):
+            try:
+                scale = search.accept(shape, deployments[0], search.fit(shape, deployments[0], scale))
+                break
+            except (GateError, BackendError) as refusal:
+                search.exclude(deployments.pop(0), refusal)
+        time_dense(search, deployments)
+        improve(search, shape, scale, deployments)
     except (GateError, BackendError) as refusal:
         search.remarks.append(f"The search ended early: {refusal.what}")
 
@@ -431,10 +481,10 @@ def improve(search: Search, shape: Shape, scale: float, deployments: Sequence[De
     patches, best = search.subject.patches, deployments[0]
     search.anchor = search.level(shape.plan(scale, patches), best)
     helped = True
-    while helped and search.fits("evaluating", "timing"):
+    while helped and search.fits_change(best, "evaluating", "timing"):
         before = shape, scale
         for seed in shape.seeds(search.subject.sparse_layers) if best.is_here else ():
-            if not search.fits("timing"):
+            if not search.fits_change(best, "timing"):
                 return
             search.time(seed.plan(scale, patches), best)
         shape, scale = better_variant(search, shape, best, scale)
@@ -455,7 +505,7 @@ def better_variant(search: Search, shape: Shape, deployment: Deployment, scale: 
     """Return the best shape that other shares of keys and other powers lead to, one change after the other."""
     for _ in shape.keep:
         for other in variants(shape, search.subject.sparse_layers):
-            if not search.fits("evaluating", "evaluating", "timing"):
+            if not search.fits_change(deployment, "evaluating", "evaluating", "timing"):
                 return shape, scale
             matched = search.matched(other, deployment, scale)
             if search.better((other, matched), (shape, scale), deployment):
@@ -488,12 +538,12 @@ def better_layers(
         plan = other.plan(scale, patches)
         if plan == here:
             continue
-        if not search.fits("evaluating"):
+        if not search.fits_change(deployment, "evaluating"):
             return shape, scale
         saved = max(1e-4, 1 - search.latency(plan, deployment) / ms)
         cost = search.level(plan, deployment) / level - 1
         gains[layer] = saved / max(cost, LEAST_COST * saved)
-    if not gains or not search.fits("evaluating", "evaluating", "timing"):
+    if not gains or not search.fits_change(deployment, "evaluating", "evaluating", "timing"):
         return shape, scale
     middle = math.exp(fmean(map(math.log, gains.values())))
     other = shape.times({layer: min(max((gain / middle) ** BOLD, 1 - step), 1 + step) for layer, gain in gains.items()})

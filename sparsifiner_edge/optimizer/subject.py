@@ -92,6 +92,14 @@ class Subject:
             return self.errors_of(self._models.export(plan, deployment.precision), deployment, places)
         return self.errors(plan, deployment, places)
 
+    def export(self, plan: LayerPlan, deployment: Deployment) -> None:
+        """Export a plan, checked against torch.
+
+        Raises:
+            GateError: The precision adds too much error.
+        """
+        self._models.export(plan, deployment.precision)
+
     def exported_ms(self, plan: LayerPlan, deployment: Deployment) -> float:
         """Return the milliseconds of a plan's own bundle.
 

@@ -80,6 +80,13 @@ def search_section(data: ReportData) -> Section:
             for name, one in models[:MAX_ROWS]
         ]
         blocks.append(Table(texts.heads("search", ("model", "engine", "fidelity", "ms")), rows, file.name))
+        if front.levers:
+            rows = [
+                [clean(lever.change), clean(one.deployment), f"{one.held_out_fidelity:.4f}", texts.figure(one.ms)]
+                for lever in front.levers
+                for one in [lever.candidate]
+            ]
+            blocks.append(Table(texts.heads("search", ("change", "engine", "fidelity", "ms")), rows, file.name))
         if file.result.method.board is not None:
             blocks.append(Note(texts("search.board", board=clean(file.result.method.board)), True))
         if isinstance(front.answer, Unavailable):

@@ -134,15 +134,20 @@ def _scores(file: ResultFile[ScoresResult], data: ReportData) -> Iterator[str]:
 
 
 def _search(file: ResultFile[SearchResult], texts: Texts) -> Iterator[str]:
-    answer, dense = file.result.statistics.answer, file.result.statistics.dense
-    if not isinstance(answer, Unavailable) and dense:
-        least = min((one.ms for one in dense), key=lambda ms: ms.value)
+    front, method = file.result.statistics, file.result.method
+    for reason in front.unverified:
+        yield texts("verdict.unverified", reason=clean(reason, 200))
+    answer = front.answer
+    if not isinstance(answer, Unavailable) and front.speed_up is not None:
+        least = min((one.ms for one in front.dense), key=lambda ms: ms.value)
         yield texts(
-            "verdict.search" if file.result.method.board is None else "verdict.search_board",
-            ms=texts.figure(answer.ms, "ms"),
+            "verdict.search" if method.board is None else "verdict.search_board",
+            times=f"{front.speed_up:.2f}",
+            metric=texts.get(f"metric.{method.metric}", clean(method.metric, 40)),
+            fidelity=f"{answer.held_out_fidelity:.3f}",
             engine=clean(answer.deployment),
+            ms=texts.figure(answer.ms, "ms"),
             dense=texts.figure(least, "ms"),
-            fidelity=f"{answer.fidelity:.4f}",
         )
 
 

@@ -281,10 +281,13 @@ class Laws:
     def closing_s(self) -> float:
         return self.closing
 
-    def exported_errors(self, plan: LayerPlan, deployment: Deployment) -> list[float]:
+    def all_errors(self, plan: LayerPlan, deployment: Deployment) -> list[float]:
         if deployment in self.refused:
             raise self.refused[deployment]
         return [self.exported * error for error in self.errors(plan, deployment, range(len(self.paths)))]
+
+    def export(self, plan: LayerPlan, deployment: Deployment) -> None:
+        pass
 
     def exported_ms(self, plan: LayerPlan, deployment: Deployment) -> float:
         return self.ms(plan, deployment)
@@ -450,6 +453,7 @@ def test_an_answer_without_a_timed_dense_model_is_not_verified(folder: Path, tmp
     search.accept(SHAPE, HERE[0], search.fit(SHAPE, HERE[0], 0.18))
     source: Any = Source(subject.student, subject.student, None, ready=True)
     models: Any = SimpleNamespace(export=lambda *_: bundle)
+    search.clock = Clock(0)
     front = outcome(search, close(search), models, source, OptimizeOptions()).statistics
     assert front.unverified == [
         "There was no time to time the dense model, so the gain is unknown. Give more --minutes."
