@@ -54,6 +54,7 @@ from sparsifiner_edge.pareto import Candidate, Deployment, SearchResult
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles import roofline, stats
 from sparsifiner_edge.profiles.boards.board import load_board
+from sparsifiner_edge.profiles.measure.side import Rules
 from sparsifiner_edge.profiles.roofline import GRAPH_FIT, Workload
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject, read_result
@@ -70,8 +71,8 @@ BISECTIONS = 6
 """Number of evaluations to bring a member to the answer's fidelity."""
 CALIBRATION = 9
 """Number of images that calibrate the int8 files of the family, as in a search."""
-LAST_S = 12.0
-"""Approximate seconds for the last timing of each model."""
+LAST = Rules(seconds=3.0, min_queries=20, max_seconds=60.0)
+"""Rules for the last timing."""
 
 
 @click.command()
@@ -249,7 +250,7 @@ def searched(case: str, size: int, minutes: Sequence[float], output: Path) -> di
         dense = dict.fromkeys(row.deployment for one in runs.values() for row in one["result"].statistics.dense)
         bundles |= {f"dense, {deployment}": (referee.dense(deployment), deployment) for deployment in dense}
         with Stopwatch(referee.clock) as stopwatch:
-            ms = dict(zip(bundles, stopwatch.last(list(bundles.values()), LAST_S), strict=True))
+            ms = dict(zip(bundles, stopwatch.last(list(bundles.values()), LAST), strict=True))
 
     def best(kind: str) -> str:
         return min((name for name in ms if name.startswith(kind)), key=lambda name: ms[name].value)

@@ -45,7 +45,7 @@ LEAST_INT8_IMAGES = 6
 """Minimum of them, if there are so many."""
 INT8_SHARE = 0.01
 """Share of the whole time that the dense model takes for the images for int8 calibration."""
-DENSE_SHARE = 0.08
+DENSE_SHARE = 0.1
 """Maximum share of the whole time for running the dense model on all images."""
 
 

@@ -27,7 +27,7 @@ from sparsifiner_edge.pareto import Deployment
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.estimate import why_no_kernels
-from sparsifiner_edge.profiles.measure.side import MeasuredSide, Rules, measure_blocks, open_side, warm_up
+from sparsifiner_edge.profiles.measure.side import MeasuredSide, Rules, measure_blocks, open_side, planned_s, warm_up
 from sparsifiner_edge.profiles.stats import medians_in_turn
 from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.sparse.patch import set_budget
@@ -35,12 +35,10 @@ from sparsifiner_edge.sparse.student import Student
 
 DENSE_INT8_IMAGES = 4
 """Maximum number of images for int8 calibration of the dense model, which is only the baseline."""
-QUICK = Rules(seconds=0.4, min_queries=8, blocks=8, max_seconds=8.0)
+QUICK = Rules(seconds=0.4, min_queries=8, blocks=8, max_seconds=4.0)
 """Rules for a timing during the search. The order alternates between the eight blocks."""
-THOROUGH = Rules(seconds=2.0, min_queries=10, blocks=10, max_seconds=60.0)
+THOROUGH = Rules(seconds=1.0, min_queries=10, blocks=10, max_seconds=60.0)
 """Rules for the last timing. With ten blocks, the second lowest and second highest value bound the median at 95 %."""
-MIN_LAST_S = 1.0
-"""Minimum of seconds for the last timing of each bundle."""
 WARM_UP_S = 0.8
 """Maximum warm-up in seconds."""
 
@@ -136,7 +134,8 @@ class Models:
                     options, int8_target="tensorrt" if precision == "int8" else "cpu", boards=boards
                 )
             folder = self._folder / f"bundle-{len(self._exported)}"
-            with self._clock.step(f"export {precision}", f"exporting {dense_text}{precision}"):
+            kind = f"export {precision}" if self._base is not None or self._board is not None else "export base"
+            with self._clock.step(kind, f"exporting {dense_text}{precision}"):
                 base = self._float_file(student, plan)
                 int8 = self._int8_file(plan) if precision == "int8" else None
                 try:
@@ -215,13 +214,18 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def ms(self, bundle: Path, deployment: Deployment) -> float:
+    def ms(self, bundle: Path, deployment: Deployment, kind: str = "timing") -> float:
         """Return milliseconds, relative to the reference's first timing.
+
+        Args:
+            bundle: The bundle.
+            deployment: Where it runs.
+            kind: Kind of the step, for the clock.
 
         Raises:
             BackendError: The deployment does not take the bundle, or a process died or hung.
         """
-        with self._clock.step("timing", f"timing in {deployment}"), contextlib.ExitStack() as stack:
+        with self._clock.step(kind, f"timing in {deployment}"), contextlib.ExitStack() as stack:
             if not self._reference:
                 side = self._open.enter_context(self._side(bundle, deployment))
                 self._reference.append((side, self._quick([side])[0]))
@@ -244,12 +248,12 @@ class Stopwatch:
             warm_up(side, self._clock.tell, WARM_UP_S)
             yield side
 
-    def last(self, bundles: Sequence[tuple[Path, Deployment]], most_s: float = THOROUGH.max_seconds) -> list[Quantity]:
+    def last(self, bundles: Sequence[tuple[Path, Deployment]], rules: Rules = THOROUGH) -> list[Quantity]:
         """Return median milliseconds with intervals, measured in turn, each in its own process.
 
         Args:
             bundles: Bundles and their deployments, the most important first.
-            most_s: Approximate maximum of seconds for each.
+            rules: Rules for the timing.
 
         Returns:
             The times of as many of the first bundles as there was time for, but at least one.
@@ -260,10 +264,9 @@ class Stopwatch:
         with contextlib.ExitStack() as stack:
             sides = list[MeasuredSide]()
             for bundle, deployment in bundles:
-                if sides and not self._clock.fits("loading", reserve_s=MIN_LAST_S * (len(sides) + 1)):
+                if sides and not self._clock.fits("loading", reserve_s=planned_s([*sides, sides[-1]], rules)):
                     break
                 with self._clock.step("loading", f"loading for {deployment}"):
                     sides.append(stack.enter_context(self._side(bundle, deployment)))
-            most_s = max(MIN_LAST_S, min(most_s, self._clock.remaining / len(sides)))
-            measure_blocks(sides, replace(THOROUGH, max_seconds=most_s), self._clock.tell, "measuring full models")
+            measure_blocks(sides, rules, self._clock.tell, "measuring full models")
             return medians_in_turn([side.blocks for side in sides])

@@ -26,8 +26,6 @@ from sparsifiner_edge.results import Quantity, Subject
 
 FINALISTS = 2
 """Number of bundles that are timed at the end."""
-LAST_S = 4.0
-"""Approximate maximum of seconds for the last timing of each model."""
 BRIEFLY = Unavailable("it was only measured briefly, in turn with a reference")
 
 
@@ -93,11 +91,11 @@ def _measure(search: Search, wanted: Sequence[Model]) -> dict[Model, Timed]:
     bundles, known = dict[Model, Path](), {(one.plan, one.deployment): one.reserved for one in search.attempts}
     errors = dict[Model, list[float]]()
     for plan, where in wanted:
-        if bundles and not search.clock.fits("evaluating", *["timing"] * (len(bundles) + 1)):
+        if bundles and not search.clock.fits("evaluating", "timing"):
             break
         bundles[plan, where] = subject.own_bundle(plan, where)
         errors[plan, where] = known.get((plan, where)) or subject.errors_of(bundles[plan, where], where, held)
-    times = subject.times([(bundle, where) for (_, where), bundle in bundles.items()], LAST_S)
+    times = subject.times([(bundle, where) for (_, where), bundle in bundles.items()])
     return {
         model: Timed(ms, errors[model], (bundle / MODEL_FILE).stat().st_size)
         for (model, bundle), ms in zip(bundles.items(), times, strict=False)
@@ -150,7 +148,7 @@ def outcome(search: Search, closing: Closing, models: Models, source: Source, op
             f"{' (estimated)' if request.board else ''}. Use the dense model, or a larger --img-size."
         )
     front = ParetoFront(
-        points=_points(search, best.deployment),
+        points=_points(search, best),
         finalists=finalists,
         answer=finalists[0] if met else Unavailable(why),
         check=_check(search, best),
@@ -224,15 +222,20 @@ def _check(search: Search, best: Attempt) -> Quantity:
     return quantity(1 - mean_error.value, low, high, f"1 - error, {mean_error.interval}")
 
 
-def _points(search: Search, deployment: Deployment) -> list[Point]:
-    """Return the plans that were measured in a deployment on all selection images."""
+def _points(search: Search, best: Attempt) -> list[Point]:
+    """Return the plans that were measured in the answer's deployment on all selection images.
+
+    Their times are scaled so that the answer's is the one of the closing measurements.
+    """
+    deployment = best.deployment
+    scale = best.ms / (search.known_ms(best.plan, deployment) or best.ms)
     plans, rows = list[LayerPlan](), list[tuple[float, float]]()
     for (plan, where), errors in search.errors.items():
         if where == deployment and len(errors) == len(search.selection):
             ms = search.known_ms(plan, deployment)
             if ms is not None:
                 plans.append(plan)
-                rows.append((search.error(plan, deployment), ms))
+                rows.append((search.error(plan, deployment), scale * ms))
     points = [
         Point(
             merge=merge_text(plan.merge),

@@ -49,12 +49,17 @@ def draw_pareto_front(result: SearchResult, path: Path) -> None:
     label = f"answer: {answer.ms.value:.1f} ms, {answer.deployment}"
     axes.scatter(*place, s=130, color=ANSWER, marker="*", zorder=4, label=label)
     axes.set_title(printable(_title(result), 90), fontsize=11)
-    axes.set(yscale="log", xlabel="milliseconds per image", ylabel=f"error: 1 - {printable(method.metric, 40)}")
+    axes.set(yscale="log", xlabel="milliseconds per image", ylabel=f"error: 1 - {_metric(method.metric)}")
     axes.set_xlim(0, 1.06 * max(ms for ms, _ in [*points, place, *((one.ms.value, 0) for one in front.dense)]))
     axes.grid(visible=True, which="major", color="#e5e8eb", linewidth=0.7)
     axes.set_axisbelow(True)
     _legend(axes)
     figure.savefig(path, dpi=130)
+
+
+def _metric(name: str) -> str:
+    names = {"patches": "cosine of the patch tokens", "class": "cosine of the class token", "maps": "IoU of the maps"}
+    return names.get(name, printable(name, 40))
 
 
 def _title(result: SearchResult) -> str:

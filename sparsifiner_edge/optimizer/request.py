@@ -189,7 +189,7 @@ def _deployments_here(
     deployments = [Deployment(name, stored, computed) for name, computed in usable for stored in precisions]
     order = sorted(
         deployments,
-        key=lambda x: (x.precision != "int8", PROMISING.index(x.compute_precision), x.backend != "openvino"),
+        key=lambda x: (x.precision != "int8", x.backend != "openvino", PROMISING.index(x.compute_precision)),
     )
     return order, unavailable
 

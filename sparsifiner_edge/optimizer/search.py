@@ -17,7 +17,7 @@ from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.family import Shape, changed_layers, family, variants
 from sparsifiner_edge.optimizer.latency import LEAST_TIMED, Latency
 from sparsifiner_edge.optimizer.request import SearchRequest
-from sparsifiner_edge.optimizer.subject import Subject
+from sparsifiner_edge.optimizer.subject import TIMING_DENSE, Subject
 from sparsifiner_edge.optimizer.trial import evenly_by_error
 from sparsifiner_edge.pareto import Deployment, Interim
 from sparsifiner_edge.plan import LayerPlan
@@ -52,6 +52,8 @@ FAR = 1.4
 """A backend that is slower than another by this factor is tried in no other precision."""
 CLOSE = 3
 """Number of deployments that are tried again with the improved plan."""
+DENSE_TIMINGS = 3
+"""Timing the dense model is assumed to take as long as this many other timings."""
 MOST_DENSE = 3
 """Maximum number of deployments in which the dense model is timed."""
 MATCHES = 2
@@ -434,7 +436,7 @@ def time_dense(search: Search, deployments: Sequence[Deployment]) -> None:
     """Time the dense model where it may be fastest."""
     hosts = dict.fromkeys(deployment.dense_host for deployment in deployments)
     for host in [host for host in hosts if host not in search.dense][: MOST_DENSE - len(search.dense)]:
-        if not search.fits("timing"):
+        if not search.fits(TIMING_DENSE if search.dense else "timing"):
             return
         try:
             search.dense[host] = search.subject.dense_ms(host)
@@ -460,8 +462,10 @@ def run(search: Search) -> None:
             scale = search.accept(shape, first, search.fit(shape, first, scale))
         except (GateError, BackendError) as refusal:
             search.exclude(first, refusal)
-    time_dense(search, [first])
-    search.announce()
+    others_s = DEPLOYMENTS_SHARE * search.clock.seconds
+    if search.clock.fits(*["timing"] * DENSE_TIMINGS, reserve_s=search.subject.closing_s() + others_s):
+        time_dense(search, [first])
+        search.announce()
     try:
         deployments = choose_deployments(search, shape.plan(scale, patches))
         while deployments[0] != first and search.fits("evaluating", "timing"):

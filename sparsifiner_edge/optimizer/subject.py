@@ -19,6 +19,8 @@ from sparsifiner_edge.profiles.roofline import CPU_FIT, GRAPH_FIT, Workload
 from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
 
+TIMING_DENSE = "timing the dense model"
+"""Kind of the step that times the dense model, for the clock."""
 CLOSING_TIMED = 6
 """Number of complete models that are timed at the end."""
 CLOSING_SHARE = 0.12
@@ -118,7 +120,9 @@ class Subject:
             BackendError: See `ms`.
         """
         plan = LayerPlan.dense(len(self.sparse_layers))
-        return self.exported_ms(plan, deployment) if self._board is not None else self.ms(plan, deployment)
+        if self._board is not None:
+            return self.exported_ms(plan, deployment)
+        return self._stopwatch.ms(self._models.trial(plan, deployment.precision), deployment, TIMING_DENSE)
 
     def own_bundle(self, plan: LayerPlan, deployment: Deployment) -> Path:
         """Return a bundle that later calls leave alone: the exported one, or one that is derived.
@@ -130,14 +134,14 @@ class Subject:
             return self._models.export(plan, deployment.precision)
         return self._models.trial(plan, deployment.precision, own=True)
 
-    def times(self, bundles: Sequence[tuple[Path, Deployment]], most_s: float) -> list[Quantity]:
+    def times(self, bundles: Sequence[tuple[Path, Deployment]]) -> list[Quantity]:
         """Return the milliseconds of bundles, measured in turn, or estimates with their bounds.
 
         Raises:
             BackendError: See `ms`.
         """
         if self._board is None:
-            return self._stopwatch.last(bundles, most_s)
+            return self._stopwatch.last(bundles)
         return [estimated(bundle, self._board, deployment) for bundle, deployment in bundles]
 
     def closing_s(self) -> float:

@@ -302,7 +302,7 @@ class Laws:
     def errors_of(self, bundle: Path, deployment: Deployment, places: Sequence[int]) -> list[float]:
         return [0.001] * len(places)
 
-    def times(self, bundles: Sequence[tuple[Path, Deployment]], most_s: float) -> list[Any]:
+    def times(self, bundles: Sequence[tuple[Path, Deployment]]) -> list[Any]:
         return [quantity(5.0 + number, 4.0, 20.0, "by law") for number in range(len(bundles))]
 
 

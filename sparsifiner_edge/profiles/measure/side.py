@@ -7,7 +7,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,15 +236,28 @@ def warm_up(side: MeasuredSide, on_stage: OnStage, most_s: float = _WARM_UP_S) -
     side.query_ms = medians[-1]
 
 
+def _queries(side: MeasuredSide, rules: Rules) -> int:
+    """Return the number of queries in each block of a side."""
+    return max(1, round(min(_BLOCK_MS, rules.seconds * 1000 / MIN_BLOCKS) / side.query_ms))
+
+
+def planned_s(sides: Sequence[MeasuredSide], rules: Rules) -> float:
+    """Return the seconds that `measure_blocks` is expected to take, from the queries of the warm-up."""
+    queries = [_queries(side, rules) for side in sides]
+    needed = [rules.seconds * 1000 / (count * side.query_ms) for side, count in zip(sides, queries, strict=True)]
+    blocks = max(rules.blocks, *(math.ceil(each) for each in needed))
+    each = [count + math.ceil(_REWARM_MS / side.query_ms) for side, count in zip(sides, queries, strict=True)]
+    return blocks * sum(count * side.query_ms for side, count in zip(sides, each, strict=True)) / 1000
+
+
 def measure_blocks(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, stage: str = "measuring") -> None:
     """Measure all sides, block by block in turn, until the rules are met."""
-    block_ms = min(_BLOCK_MS, rules.seconds * 1000 / MIN_BLOCKS)
     random = np.random.default_rng()
     before: MeasuredSide | None = sides[0] if len(sides) == 1 else None
     while not all(rules.enough(s.seconds, s.queries, len(s.blocks), s.wall_s) for s in sides):
         first = sides[::-1] if random.integers(2) else sides
         for side in (*first, *first[::-1]):  # ABBA or BAAB: each side is first as often as second.
             rewarm = 0 if side is before else math.ceil(_REWARM_MS / side.query_ms)
-            side.record(max(1, round(block_ms / side.query_ms)), rewarm)
+            side.record(_queries(side, rules), rewarm)
             before = side
             on_stage(stage)
