@@ -272,8 +272,10 @@ def optimize_section() -> str:
     """Return what the command `optimize` reached."""
     rows, names = [], []
     for title, name in (
-        ("518 px", "search/optimize_518.json"),
-        ("224 px", "search/optimize_224.json"),
+        ("518 px", "search/optimize_518_any.json"),
+        ("518 px", "search/optimize_518_fp32.json"),
+        ("224 px", "search/optimize_224_any.json"),
+        ("224 px", "search/optimize_224_fp32.json"),
         ("518 px, one core busy", "search/optimize_518_any_loaded.json"),
     ):
         result = read(name)

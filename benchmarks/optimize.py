@@ -67,7 +67,7 @@ DRAWN = 25
 """Number of images drawn per seed."""
 POWERS = (1.0, 1.5, 2.0, 3.0)
 """Powers of the family's members."""
-BISECTIONS = 6
+MEMBER_TRIES = 5
 """Number of evaluations to bring a member to the answer's fidelity."""
 CALIBRATION = 9
 """Number of images that calibrate the int8 files of the family, as in a search."""
@@ -193,23 +193,28 @@ class Referee:
             return [1 - error for error in self.trial.errors_of(session.infer)]
 
     def member(self, power: float, deployment: Deployment, wanted: float) -> Path | None:
-        """Return the bundle of the family's member with a fidelity; None if the precision refuses it."""
-        shape = Shape(falling(self.depth / DEPTH, power, self.depth), first_shares(self.student))
-        low, high = 0.005, 0.35
-        bundle = None
+        """Return the fastest member of the family with at least a fidelity; None if there is none."""
+        shape, scale, slope = (
+            Shape(falling(self.depth / DEPTH, power, self.depth), first_shares(self.student)),
+            0.15,
+            2.0,
+        )
+        errors, allowed = dict[float, float](), 1 - wanted
         try:
-            for _ in range(BISECTIONS):
-                scale = math.sqrt(low * high)
-                plan = shape.plan(scale, self.patches)
-                fidelity = fmean(self.fidelities(self.models.trial(plan, deployment.precision), deployment))
-                low, high = (scale, high) if fidelity >= wanted else (low, scale)
-            for scale in (high, low):  # The fastest one whose fidelity is at least the answer's.
-                bundle = self.models.trial(shape.plan(scale, self.patches), deployment.precision, own=True)
-                if fmean(self.fidelities(bundle, deployment)) >= wanted:
-                    break
+            while len(errors) < MEMBER_TRIES and scale not in errors:
+                bundle = self.models.trial(shape.plan(scale, self.patches), deployment.precision)
+                errors[scale] = 1 - fmean(self.fidelities(bundle, deployment))
+                nearest = sorted(errors, key=lambda one: abs(math.log(errors[one] / allowed)))[:2]
+                if len(nearest) > 1:
+                    slope = math.log(errors[nearest[1]] / errors[nearest[0]]) / math.log(nearest[1] / nearest[0])
+                step = (allowed / errors[nearest[0]]) ** (1 / min(max(slope, 1.0), 5.0))
+                scale = round(nearest[0] * min(max(step, 0.5), 2.0), 4)
         except GateError as error:
             err_console.print(f"power {power:g} in {deployment}: {error.what}")
-        return bundle
+        kept = [scale for scale, error in errors.items() if error <= allowed]
+        if not kept:
+            return None
+        return self.models.trial(shape.plan(max(kept), self.patches), deployment.precision, own=True)
 
     def dense(self, deployment: Deployment) -> Path:
         """Return the bundle of the dense model."""
