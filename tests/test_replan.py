@@ -81,6 +81,7 @@ def plan_for(start: Student, name: str) -> LayerPlan:
         "no merges in the first layers": LayerPlan((*(0,) * half, *(few,) * (depth - half)), (*(0.2,) * half, *rest)),
         "no merges in the last layers": LayerPlan((*(few,) * half, *(0,) * (depth - half)), (*(0.1,) * half, *rest)),
         "merges in the last layer only": LayerPlan((*(0,) * (depth - 1), few), dense),
+        "dense": LayerPlan.dense(depth),
         "nothing merges": LayerPlan((0,) * depth, (*(0.35,) * half, *rest)),
         "other rates and shares": LayerPlan(
             tuple(max(1, 3 * few - 2 * layer) for layer in range(depth)), (0.5, *(1.0,) * (depth - 1))
@@ -98,7 +99,7 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [*PLANS, "dense"])
 @pytest.mark.parametrize("kind", MADE)
 def test_a_derived_file_agrees_with_torch(kind: str, name: str) -> None:
     start, base = whole(kind)

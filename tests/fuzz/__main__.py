@@ -3,6 +3,7 @@
     python -m tests.fuzz --seconds 20                    all classes in turn, as in CI
     python -m tests.fuzz --full --kills 500 -o profiles/results
     python -m tests.fuzz --only manifest --seed 17 --tries 1      repeat one try by its seed
+    python -m tests.fuzz --only kills --kills 100 --command optimize      Ctrl-C during a search
 
 Every try depends only on its class and its number (`--seed` is the first number). Failures are printed with both.
 """
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--only", choices=[*TARGETS, "kills"], action="append", help="these classes alone")
     parser.add_argument("--tries", type=int, help="so many of each class")
     parser.add_argument("--kills", type=int, default=0, help="commands to end at random moments")
+    parser.add_argument("--command", choices=list(kills.VERBS), help="end this command only")
     parser.add_argument("--seed", type=int, default=0, help="number of the first try")
     parser.add_argument("-o", "--output", type=Path, help="folder for fuzz.json")
     given = parser.parse_args()
@@ -51,7 +53,7 @@ def main() -> int:
         good, work = Path(scratch) / "good", Path(scratch) / "work"
         run_classes(report, [name for name in given.only or TARGETS if name in TARGETS], good, work, given)
         if given.kills or given.only == ["kills"]:
-            run_kills(report, good, work / "kills", given.kills or given.tries or 50, given.seed)
+            run_kills(report, good, work / "kills", given)
     for name, entry in report.items():
         print(f"{name}: {entry['tries']} tries, {entry['failures']} failures, {entry['seconds']:.0f} s")
     tries, failures = (sum(entry[name] for entry in report.values()) for name in ("tries", "failures"))
@@ -100,13 +102,14 @@ def run_classes(report: dict[str, Any], names: list[str], good: Path, work: Path
             return
 
 
-def run_kills(report: dict[str, Any], good: Path, work: Path, tries: int, seed: int) -> None:
+def run_kills(report: dict[str, Any], good: Path, work: Path, given: argparse.Namespace) -> None:
     """End each command in turn; finally, each runs to its end, and no hidden file may be left."""
     made.make(good, kills.NEEDS)
     for name in ("built", "signed"):  # Bundles that two of the commands write into.
         shutil.copytree(good / "plain", work / name)
     entry = report["kills"] = {"tries": 0, "failures": 0, "seconds": 0.0, "found": []}
-    names, temporary = list(kills.VERBS), work.parent / "tmp"
+    names, temporary = [given.command] if given.command else list(kills.VERBS), work.parent / "tmp"
+    tries, seed = given.kills or given.tries or 50, given.seed
     temporary.mkdir(exist_ok=True)
     os.environ["TMPDIR"] = str(temporary)
     for number in range(seed, seed + tries):

@@ -28,6 +28,11 @@ _SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signa
 VERBS = {
     "sparsify": ("sparsify test_vit --weights {good}/weights.safetensors -o {work}/student", 4),
     "export": ("export {good}/student -o {work}/bundle", 7),
+    "optimize": (
+        "optimize test_vit --weights {good}/weights.safetensors --data {good}/data --at-least .9 --minutes 1 "
+        "--backend onnxruntime --precision fp32 -o {work}/found",
+        45,
+    ),
     "distill": ("distill {good}/start --data {good}/data -o {work}/better " + SHORT_OPTIONS, 9),
     "evaluate": ("evaluate {good}/student --data {good}/images -o {work}/evaluation.json", 5),
     "profile": ("profile {good}/plain --seconds 1 -o {work}/profile.json", 3),
@@ -56,6 +61,10 @@ def require_whole(path: Path) -> None:
         return
     if path.is_dir() and path.name == "package":
         assert (path / "README.md").is_file()
+        shutil.rmtree(path)
+    elif path.is_dir() and path.name == "found":
+        if (path / "bundle").exists():
+            open_bundle(path / "bundle")
         shutil.rmtree(path)
     elif path.is_dir() and path.name in ("student", "better"):
         assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors"}
@@ -86,7 +95,8 @@ def end_one(name: str, good: Path, work: Path, rng: random.Random) -> list[str]:
     ) as process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.random() * seconds)
-        chosen = rng.choice(_SIGNALS)
+        chosen = rng.choice(_SIGNALS) if name != "optimize" else signal.SIGINT
+        begun = (work / "found" / "bundle").exists()
         process.send_signal(chosen)
         try:
             _, said = process.communicate(timeout=20)
@@ -104,6 +114,8 @@ def end_one(name: str, good: Path, work: Path, rng: random.Random) -> list[str]:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+    if name == "optimize" and begun and not (work / "found" / "front.json").is_file():
+        wrong.append(f"no result after {chosen.name}, although a bundle was there: {said[-300:]}")
     try:
         for target in re.findall(r"\{work\}/(\S+)", line):
             require_whole(work / target)
