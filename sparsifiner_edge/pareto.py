@@ -57,9 +57,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
         keep: As `export --keep` takes it.
         deployment: The deployment.
         fidelity: Mean over the selection images.
-        ms: Median latency of the whole model, or, if the plan was not timed itself, the value of a fit to all plans
-            that were; for a board an estimate.
-        timed: True if the plan itself was timed.
+        ms: Median latency of the whole model; for a board an estimate.
         pareto_optimal: True if no other plan in this deployment is faster and at least as good.
     """
 
@@ -68,7 +66,6 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     deployment: str
     fidelity: float
     ms: float
-    timed: bool
     pareto_optimal: bool
 
 

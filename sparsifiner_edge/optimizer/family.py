@@ -6,7 +6,7 @@ so merging early saves the most, and sparse attention pays there first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sparsifiner_edge.plan import LEAST_PATCHES, PATCHES_PER_MERGE, LayerPlan
@@ -14,8 +14,6 @@ from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.defaults import default_keep
 from sparsifiner_edge.sparse.student import Student
 
-SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
-"""Shares of the keys that a layer of a plan may read; 1 is dense."""
 POWER = 2.0
 """Power by which merges fall where the first layers are sparse."""
 DENSE_POWER = 1.0
@@ -39,6 +37,8 @@ TYPICAL_POWER = 2.0
 """Power of that plan."""
 TYPICAL_SHARE = 0.25
 """Share of the keys that layers read in that plan where the family has dense attention."""
+NEXT_SHARE = 0.35
+"""Share of the keys that is tried in the first layer with dense attention."""
 
 
 def falling(rate: float, power: float, depth: int) -> tuple[float, ...]:
@@ -131,28 +131,25 @@ class Shape(NamedTuple):
         depth = len(self.profile)
         return self.normalised([part * (1 - layer / depth) ** exponent for layer, part in enumerate(self.profile)])
 
-    def times(self, factors: Mapping[int, float]) -> Shape:
-        """Return the shape with the merges of some layers multiplied."""
-        return self.normalised([part * factors.get(layer, 1.0) for layer, part in enumerate(self.profile)])
-
     def normalised(self, profile: Sequence[float]) -> Shape:
         """Return the shape with another profile, scaled so that about as many patches merge as before."""
         ratio = sum(self.profile) / max(sum(profile), 1e-9)
         return self._replace(profile=tuple(part * ratio for part in profile))
 
-    def seeds(self, usable: Sequence[bool]) -> list[Shape]:
-        """Return shapes that differ in what costs time, to which a latency is fitted.
+    def neighbours(self, usable: Sequence[bool]) -> list[Shape]:
+        """Return shapes whose merges fall faster or slower, and shapes with other shares of keys.
 
         Args:
             usable: By layer, whether it may be sparse.
         """
         depth = len(self.keep)
-        sparse = tuple(TYPICAL_SHARE if may and 4 * layer < depth else 1.0 for layer, may in enumerate(usable))
-        return [
-            self._replace(keep=(1.0,) * depth),
-            self._replace(keep=sparse).powered(1.0),
-            self.powered(-0.5),
-        ]
+        typical = tuple(TYPICAL_SHARE if may and 4 * layer < depth else 1.0 for layer, may in enumerate(usable))
+        shares = [(1.0,) * depth, typical]
+        dense = [layer for layer, may in enumerate(usable) if may and self.keep[layer] == 1]
+        if dense and min(self.keep) < 1:
+            shares.append((*self.keep[: dense[0]], NEXT_SHARE, *self.keep[dense[0] + 1 :]))
+        others = [self._replace(keep=each) for each in shares if each != self.keep]
+        return [*(self.powered(exponent) for exponent in (-0.5, 0.5, -1.0)), *others]
 
 
 def family(student: Student) -> tuple[Shape, float]:
@@ -161,31 +158,3 @@ def family(student: Student) -> tuple[Shape, float]:
     sparse = min(shares) < 1
     rates = falling(FIRST_SCALE if sparse else DENSE_FIRST_SCALE, POWER if sparse else DENSE_POWER, depth)
     return Shape(tuple(rate / rates[0] for rate in rates), shares), rates[0]
-
-
-def variants(shape: Shape, usable: Sequence[bool]) -> list[Shape]:
-    """Return shapes with other shares of keys or another power, the most promising first.
-
-    Args:
-        shape: The present shape.
-        usable: By layer, whether it may be sparse.
-    """
-    keep, shares = shape.keep, list[tuple[float, ...]]()
-    first_dense = next((layer for layer, may in enumerate(usable) if may and keep[layer] == 1), None)
-    if first_dense is not None:
-        shares += [(*keep[:first_dense], share, *keep[first_dense + 1 :]) for share in (0.2, 0.35)]
-    for layer in range(len(keep) - 1, -1, -1):
-        if keep[layer] < 1:
-            nearest = min(range(len(SHARES) - 1), key=lambda place: abs(SHARES[place] - keep[layer]))
-            for share in (SHARES[nearest + 1], SHARES[max(0, nearest - 1)]):
-                if share != keep[layer]:
-                    shares.append((*keep[:layer], share, *keep[layer + 1 :]))
-    return [*(shape.powered(exponent) for exponent in (0.5, -0.5)), *(shape._replace(keep=each) for each in shares)]
-
-
-def changed_layers(shape: Shape, factor: float) -> Iterator[tuple[int, Shape]]:
-    """Yield each layer that merges, with the shape in which only that layer merges by a factor more."""
-    for layer, part in enumerate(shape.profile):
-        if part > 0:
-            profile = (*shape.profile[:layer], part * factor, *shape.profile[layer + 1 :])
-            yield layer, shape._replace(profile=profile)

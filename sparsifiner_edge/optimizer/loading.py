@@ -126,13 +126,18 @@ def calibration_images(request: SearchRequest, clock: Clock) -> list[Path]:
     return request.images[: min(max(count, LEAST_INT8_IMAGES), INT8_IMAGES)]
 
 
-def fit_predictors(request: SearchRequest, source: Source, clock: Clock) -> tuple[Source, str | None]:
-    """Fit the predictors to a few images; returns a remark if there was no time for that."""
+def fit_predictors(request: SearchRequest, source: Source, clock: Clock) -> tuple[Source, int, str | None]:
+    """Fit the predictors to the first images.
+
+    Returns:
+        The model, the number of images, and a remark if there was no time.
+    """
     count = min(PREDICTOR_IMAGES, int(LEARNING_SHARE * clock.seconds / (LEARNING_IMAGES * clock.took("dense image"))))
     if source.ready:
-        return source, None
+        return source, 0, None
     if count < 2:
-        return source, "There was no time to fit the predictors to your images. Give more --minutes."
+        return source, 0, "There was no time to fit the predictors to your images. Give more --minutes."
     with scratch_folder() as scratch, clock.step("learning", "fitting the predictors"):
         images = link_images(scratch / "images", request.images[:count])
-        return source._replace(student=calibrate_student(source.student, images, clock.tell)), None
+        student = calibrate_student(source.student, images, clock.tell)
+        return source._replace(student=student), min(count, len(request.images)), None

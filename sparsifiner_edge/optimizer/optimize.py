@@ -96,14 +96,14 @@ def optimize(
             with io_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             request, trial = open_trial(request, found, clock)
-            found, remark = fit_predictors(request, found, clock)
+            found, fitted, remark = fit_predictors(request, found, clock)
             if found.path is not None:
                 save_student(found.student, folder / START)
             calibrating = calibration_images(request, clock)
             form = ExportOptions(fit=request.fit, labels=options.labels)
             models = Models(scratch, found.student, found.dense, clock, calibrating, form, request.board)
             stopwatch = stack.enter_context(Stopwatch(clock))
-            subject = Subject(trial, models, stopwatch, clock, request.board, len(calibrating))
+            subject = Subject(trial, models, stopwatch, clock, request.board, max(len(calibrating), fitted))
             search = Search(request, subject, clock, lambda attempt: _keep(models, attempt, folder / BUNDLE), better)
             search.remarks += [remark] if remark else []
             run(search)

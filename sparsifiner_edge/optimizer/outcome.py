@@ -228,11 +228,11 @@ def _points(search: Search, best: Attempt) -> list[Point]:
     Their times are scaled so that the answer's is the one of the closing measurements.
     """
     deployment = best.deployment
-    scale = best.ms / (search.known_ms(best.plan, deployment) or best.ms)
+    scale = best.ms / search.ms.get((best.plan, deployment), best.ms)
     plans, rows = list[LayerPlan](), list[tuple[float, float]]()
     for (plan, where), errors in search.errors.items():
         if where == deployment and len(errors) == len(search.selection):
-            ms = search.known_ms(plan, deployment)
+            ms = search.ms.get((plan, deployment))
             if ms is not None:
                 plans.append(plan)
                 rows.append((search.error(plan, deployment), scale * ms))
@@ -243,7 +243,6 @@ def _points(search: Search, best: Attempt) -> list[Point]:
             deployment=str(deployment),
             fidelity=1 - error,
             ms=ms,
-            timed=(plan, deployment) in search.ms,
             pareto_optimal=not any(a <= error and b <= ms and (a, b) != (error, ms) for a, b in rows),
         )
         for plan, (error, ms) in zip(plans, rows, strict=True)

@@ -1,21 +1,24 @@
-"""The search: a family of plans known to be good, fitted to the bound, then changes that measurements show to help.
+"""The search: a plan known to be good, fitted to the bound, then its neighbours and other deployments.
 
 Everything is measured on complete models: the error of a plan in the deployment itself, and its time in turn with a
 reference. The best bundle so far is always kept.
+
+The neighbours are few on purpose. The error of a plan varies from image to image so much that a few dozen images cannot
+tell plans apart whose times at equal error differ by less than some 3 %: a longer search would only follow noise, and
+its answers lose on other images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.optimizer.clock import Clock
-from sparsifiner_edge.optimizer.family import Shape, changed_layers, family, variants
-from sparsifiner_edge.optimizer.latency import LEAST_TIMED, Latency
+from sparsifiner_edge.optimizer.family import Shape, family
 from sparsifiner_edge.optimizer.request import SearchRequest
 from sparsifiner_edge.optimizer.subject import TIMING_DENSE, Subject
 from sparsifiner_edge.optimizer.trial import evenly_by_error
@@ -34,8 +37,6 @@ FITTED = 0.05
 """Relative distance from the aim at which a shape counts as fitted."""
 STEEP = 1.8
 """Assumed exponent of the error as a function of the scale of the merges."""
-EXPONENTS = (1.0, 5.0)
-"""Bounds of this exponent where it is learnt."""
 FLAT = -0.5
 """Assumed exponent of the time as a function of the scale of the merges."""
 ELASTICITY = 0.45
@@ -56,20 +57,14 @@ DENSE_TIMINGS = 3
 """Timing the dense model is assumed to take as long as this many other timings."""
 MOST_DENSE = 3
 """Maximum number of deployments in which the dense model is timed."""
-MATCHES = 2
-"""Maximum number of plans that are measured to give a shape the error of another."""
-ALIKE = 0.15
-"""Difference of the logarithms of two errors at which they count as equal; the elasticity corrects the rest."""
-GAIN = 0.01
-"""Smallest relative gain of time for which a change is adopted."""
-LEAST_COST = 0.2
-"""Smallest rise of the error per fall of the time that a change is assumed to have: some are free by chance."""
-STEPS = (0.3, 0.15)
-"""Relative changes of the merges of single layers that are tried, one after the other."""
-BOLD = 0.6
-"""Exponent by which the merges of a layer follow how much it gains compared with the other layers."""
+GAIN = 0.03
+"""Smallest relative gain of time at equal error for which a change is adopted; smaller ones are noise."""
 ACCEPT_TRIES = 3
 """Maximum number of plans that are measured on all images to bring an answer within the bound."""
+
+
+CURVE = (0.7, 1.4, 0.5, 2.0)
+"""Scales, relative to the answer's, at which its shape is measured if there is time, to show the trade-off."""
 
 
 class Attempt(NamedTuple):
@@ -108,8 +103,6 @@ class Search:
         dense: Times of the dense model by deployment.
         remarks: Remarks for the user.
         limit: Limit of the bounded quantity: error, or milliseconds with room for another measurement.
-        anchor: Level at which plans are compared.
-        exponent: Exponent of the level as a function of the scale of the merges, learnt from measured plans.
         factor: Ratio of the bounded error of an exported plan to its error on the selection images.
         settled: True if the search ended because no change helped any more.
     """
@@ -132,9 +125,7 @@ class Search:
         self.excluded, self.attempts, self.dense = dict[Deployment, str](), list[Attempt](), dict[Deployment, float]()
         self.remarks, self.factor, self.settled = list[str](), 1.0, False
         self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
-        self.anchor, self.exponent, self._left = self.aim, STEEP, set[Shape]()
         self._slope = STEEP if self.bound.by_fidelity else FLAT
-        self._fitted: tuple[tuple[Deployment, int] | None, Latency | None] = None, None
 
     @property
     def aim(self) -> float:
@@ -161,18 +152,6 @@ class Search:
         factor = self.factor if len(known) == len(self.selection) else 1.0
         return max(self.subject.least, factor * fmean(known[: len(places)]))
 
-    def level(self, plan: LayerPlan, deployment: Deployment) -> float:
-        """Return the geometric mean of a plan's errors on the selection images, by which plans are compared.
-
-        A few images have errors that jump when a single token merges; the mean jumps with them.
-
-        Raises:
-            GateError: See `error`.
-            BackendError: See `error`.
-        """
-        self.error(plan, deployment)
-        return math.exp(fmean(math.log(max(self.subject.least, one)) for one in self.errors[plan, deployment]))
-
     def time(self, plan: LayerPlan, deployment: Deployment) -> float:
         """Return the measured milliseconds of a plan in a deployment.
 
@@ -187,78 +166,6 @@ class Search:
     def score(self, error: float, ms: float) -> float:
         """Return what is minimised: the logarithm of the time that the plan would take at another error."""
         return math.log(ms) + ELASTICITY * math.log(error)
-
-    def latency(self, plan: LayerPlan, deployment: Deployment) -> float:
-        """Return the time of a plan, smoothed over all plans that were timed in the deployment."""
-        known = self.known_ms(plan, deployment)
-        return self.time(plan, deployment) if known is None else known
-
-    def known_ms(self, plan: LayerPlan, deployment: Deployment) -> float | None:
-        """Return the time of a plan as far as earlier timings tell it, else None."""
-        timed = {known: ms for (known, where), ms in self.ms.items() if where == deployment}
-        if not deployment.is_here or len(timed) < LEAST_TIMED:
-            return timed.get(plan)
-        key, fitted = self._fitted
-        if fitted is None or key != (deployment, len(timed)):
-            fitted = Latency(self.subject.patches, list(timed), list(timed.values()))
-            self._fitted = (deployment, len(timed)), fitted
-        return fitted.of(plan)
-
-    def matched(self, shape: Shape, deployment: Deployment, scale: float) -> float:
-        """Return the scale at which a shape has about the level `anchor`, so that its time can be compared."""
-        tried = dict[float, float]()
-        while len(tried) < MATCHES:
-            tried[scale] = found = self.level(shape.plan(scale, self.subject.patches), deployment)
-            self._learn(tried)
-            following = self._anchored(shape, scale, found)
-            close = abs(math.log(found / self.anchor)) < ALIKE
-            if close or following in tried or not self.fits("evaluating"):
-                break
-            scale = following
-        return min(tried, key=lambda one: abs(math.log(tried[one] / self.anchor)))
-
-    def _anchored(self, shape: Shape, scale: float, level: float) -> float:
-        """Return the scale at which a shape is expected to have the level `anchor`, from its level at another scale."""
-        step = min(max((self.anchor / level) ** (1 / self.exponent), 0.5), 2.0)
-        return shape.clip(scale * step, self.subject.patches)
-
-    def _learn(self, levels: Mapping[float, float]) -> None:
-        """Learn the exponent of the level from the last two scales of one shape."""
-        if len(levels) > 1:
-            one, two = list(levels)[-2:]
-            slope = math.log(levels[two] / levels[one]) / math.log(two / one)
-            self.exponent = (self.exponent + min(max(slope, EXPONENTS[0]), EXPONENTS[1])) / 2
-
-    def cost(self, shape: Shape, deployment: Deployment, scale: float) -> float:
-        """Return the milliseconds that a shape takes at the level `anchor`, predicted from its level at a scale."""
-        level = self.level(shape.plan(scale, self.subject.patches), deployment)
-        anchored = self._anchored(shape, scale, level)
-        return self.latency(shape.plan(anchored, self.subject.patches), deployment)
-
-    def better(self, other: tuple[Shape, float], present: tuple[Shape, float], deployment: Deployment) -> bool:
-        """Return True if a shape is better than the present one; one that promises it is timed first.
-
-        A shape that was left for a better one is never better again, so that noise leads to no cycle.
-
-        Args:
-            other: A shape, and a scale at which its error is measured.
-            present: The same of the present one.
-            deployment: The deployment.
-        """
-        if other[0].rounded in self._left:
-            return False
-
-        def gain() -> float:
-            new, old = (self.cost(shape, deployment, scale) for shape, scale in (other, present))
-            return 1 - new / old
-
-        if gain() <= GAIN:
-            return False
-        self.time(other[0].plan(other[1], self.subject.patches), deployment)
-        better = gain() > GAIN
-        if better:
-            self._left.add(present[0].rounded)
-        return better
 
     def exclude(self, deployment: Deployment, error: GateError | BackendError) -> None:
         """Exclude a deployment that refuses the model or whose precision adds too much error.
@@ -481,79 +388,55 @@ def run(search: Search) -> None:
 
 
 def improve(search: Search, shape: Shape, scale: float, deployments: Sequence[Deployment]) -> None:
-    """Change the plan and the deployment as long as that helps."""
-    patches, best = search.subject.patches, deployments[0]
-    search.anchor = search.level(shape.plan(scale, patches), best)
-    helped = True
+    """Try the neighbours of a shape, and other deployments of the best one, as long as that helps."""
+    best, tried, helped = deployments[0], {shape.rounded}, True
     while helped and search.fits_change(best, "evaluating", "timing"):
-        before = shape, scale
-        for seed in shape.seeds(search.subject.sparse_layers) if best.is_here else ():
-            if not search.fits_change(best, "timing"):
-                return
-            search.time(seed.plan(scale, patches), best)
-        shape, scale = better_variant(search, shape, best, scale)
-        for step in STEPS:
-            shape, scale = better_layers(search, shape, best, scale, step)
-        # Each change was better than the one before, but all of them together may not be: measurements have noise.
-        helped = search.cost(shape, best, scale) < (1 - GAIN) * search.cost(before[0], best, before[1])
-        shape, scale = (shape, scale) if helped else before
-        scale = search.accept(shape, best, search.fit(shape, best, scale))
+        found = better_shape(search, shape, best, scale, tried)
+        helped = found != (shape, scale)
+        if helped:
+            shape, scale = found[0], search.accept(found[0], best, found[1])
         other = better_deployment(search, shape, best, scale, deployments[:CLOSE])
         if other != best:
             best, helped = other, True
             scale = search.accept(shape, best, search.fit(shape, best, scale))
-    search.settled = not helped
+    search.settled = not helped and search.fits_change(best, "evaluating", "evaluating", "timing")
+    for factor in CURVE:
+        if not search.fits("evaluating", "timing"):
+            return
+        plan = shape.plan(shape.clip(factor * scale, search.subject.patches), search.subject.patches)
+        search.error(plan, best)
+        search.time(plan, best)
 
 
-def better_variant(search: Search, shape: Shape, deployment: Deployment, scale: float) -> tuple[Shape, float]:
-    """Return the best shape that other shares of keys and other powers lead to, one change after the other."""
-    for _ in shape.keep:
-        for other in variants(shape, search.subject.sparse_layers):
-            if not search.fits_change(deployment, "evaluating", "evaluating", "timing"):
-                return shape, scale
-            matched = search.matched(other, deployment, scale)
-            if search.better((other, matched), (shape, scale), deployment):
-                shape, scale = other, matched
-                break
-        else:
-            break
-    return shape, scale
-
-
-def better_layers(
-    search: Search, shape: Shape, deployment: Deployment, scale: float, step: float
+def better_shape(
+    search: Search, shape: Shape, deployment: Deployment, scale: float, tried: set[Shape]
 ) -> tuple[Shape, float]:
-    """Let the layers whose merges save the most time per error merge more, and the others less.
+    """Return the best of a shape and its neighbours, each brought to the bound, and its scale.
 
     Args:
         search: State of the search.
         shape: The present shape.
         deployment: The deployment.
         scale: Scale of the present shape.
-        step: Relative change of a layer's merges.
-
-    Returns:
-        The shape, if it is better than the present one, and its scale.
+        tried: Shapes that were tried already; the neighbours are added.
     """
-    patches = search.subject.patches
-    here = shape.plan(scale, patches)
-    ms, level, gains = search.latency(here, deployment), search.level(here, deployment), dict[int, float]()
-    for layer, other in changed_layers(shape, 1 + step):
-        plan = other.plan(scale, patches)
-        if plan == here:
+
+    def score(one: Shape, at: float) -> float:
+        plan = one.plan(at, search.subject.patches)
+        return search.score(search.error(plan, deployment), search.time(plan, deployment))
+
+    best, found = score(shape, scale), (shape, scale)
+    for other in shape.neighbours(search.subject.sparse_layers):
+        if other.rounded in tried:
             continue
-        if not search.fits_change(deployment, "evaluating"):
-            return shape, scale
-        saved = max(1e-4, 1 - search.latency(plan, deployment) / ms)
-        cost = search.level(plan, deployment) / level - 1
-        gains[layer] = saved / max(cost, LEAST_COST * saved)
-    if not gains or not search.fits_change(deployment, "evaluating", "evaluating", "timing"):
-        return shape, scale
-    middle = math.exp(fmean(map(math.log, gains.values())))
-    other = shape.times({layer: min(max((gain / middle) ** BOLD, 1 - step), 1 + step) for layer, gain in gains.items()})
-    matched = search.matched(other, deployment, scale)
-    better = search.better((other, matched), (shape, scale), deployment)
-    return (other, matched) if better else (shape, scale)
+        if not search.fits_change(deployment, "evaluating", "evaluating", "timing"):
+            break
+        tried.add(other.rounded)
+        fitted = search.fit(other, deployment, scale)
+        reached = score(other, fitted)
+        if reached < best - GAIN:
+            best, found = reached, (other, fitted)
+    return found
 
 
 def better_deployment(

@@ -36,7 +36,7 @@ class Subject:
         stopwatch: Times complete models.
         clock: Time budget.
         board: Board whose times are estimated; None measures here.
-        calibrating: Number of images, the first ones, that calibrate; they are never held out.
+        calibrating: Number of images, the first ones, that calibrate int8 or the predictors; they are never held out.
 
     Attributes:
         calibrating: See above.

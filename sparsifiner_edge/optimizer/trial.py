@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
@@ -184,6 +185,15 @@ class Trial:
 
 
 def evenly_by_error(errors: Sequence[float], count: int) -> list[int]:
-    """Return the places of `count` images, evenly spaced by error, so that they are as easy and hard as all."""
-    order = sorted(range(len(errors)), key=errors.__getitem__)
-    return [order[(2 * number + 1) * len(order) // (2 * count)] for number in range(count)]
+    """Return the places of `count` images whose errors are spread like all errors and have about the same mean.
+
+    The images are sorted by error and cut into `count` groups. Each group gives the image that keeps the mean, the
+    hardest group first: a few images often have most of the error.
+    """
+    order, chosen, missing = sorted(range(len(errors)), key=errors.__getitem__), list[int](), 0.0
+    for number in reversed(range(count)):
+        group = order[number * len(order) // count : (number + 1) * len(order) // count]
+        wanted = fmean(errors[place] for place in group) + missing
+        chosen.append(min(group, key=lambda place: abs(errors[place] - wanted)))
+        missing = wanted - errors[chosen[-1]]
+    return chosen[::-1]

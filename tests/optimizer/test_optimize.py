@@ -192,7 +192,7 @@ def test_what_was_found_by_then_is_there(
         options = {"at_least": 0.97, "minutes": minutes, "weights": tiny_weights, **ENGINE}
         results.append(flat.optimize(TINY, folder, tmp_path / "found", stop=stop, **options))
 
-    monkeypatch.setattr(search, "better_variant", interrupted)
+    monkeypatch.setattr(search, "better_shape", interrupted)
     minutes = 1.0 if ended_by == "the cap" else 8.0
     if ended_by == "Ctrl-C":
         optimize()
