@@ -218,3 +218,23 @@ def test_a_signal_while_folders_are_swapped_waits(tmp_path: Path, tiny_student: 
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
     assert "KeyboardInterrupt" in done.stderr
     assert snapshot(tmp_path) == {"student": None, "student/new": b"new"}
+
+
+@needs_mounts
+@pytest.mark.everything
+def test_a_search_on_a_full_disk_loses_no_bundle(
+    tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, folder: Path, tmp_path: Path
+) -> None:
+    """There is space for the first bundle and no second one."""
+    start, bundle = (
+        sum(4 * -(-p.stat().st_size // 4096) for p in each.iterdir()) for each in (tiny_student, tiny_bundle)
+    )
+    size = 64 + start + 3 * bundle // 2
+    words = ["optimize", TINY, "--weights", tiny_weights, "--data", folder, "--at-least", 0.5, "--minutes", 2]
+    outcome, names = in_mount(
+        tmp_path, size, "true", *words, "--backend", "onnxruntime", "--precision", "fp32", "-o", "disk/found"
+    )
+    assert_refused(outcome, "disk/found", "No space left on device", "Free space")
+    kept = {name.removeprefix("found/bundle/") for name in names if name.startswith("found/bundle/")}
+    assert kept >= {path.name for path in tiny_bundle.iterdir()}
+    assert not [name for name in names if "/." in name]
