@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from sparsifiner_edge.progress import Progress
 
-CLOSING_S = 12.0
+CLOSING_S = 8.0
 """Seconds before the end that are reserved for writing the result."""
-CLOSING_SHARE = 0.1
+CLOSING_SHARE = 0.07
 """Maximum share of the whole time that is reserved for writing the result."""
 SPARE = 1.2
 """Factor by which a step may take longer than the last one of its kind."""

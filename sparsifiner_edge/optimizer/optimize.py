@@ -24,7 +24,8 @@ from sparsifiner_edge.optimizer.picture import draw_pareto_front
 from sparsifiner_edge.optimizer.request import OptimizeOptions, read_request
 from sparsifiner_edge.optimizer.search import Attempt, Search, run
 from sparsifiner_edge.optimizer.subject import Subject
-from sparsifiner_edge.pareto import Interim, SearchResult
+from sparsifiner_edge.pareto import Deployment, Interim, SearchResult
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.report import write_report
@@ -87,7 +88,12 @@ def optimize(
     """
     options, model = options or OptimizeOptions(), model or ModelOptions()
     clock, folder = Clock(60 * options.minutes, progress, stop), _new(Path(output))
-    request, search = read_request(options, images), None
+    request, search, kept = read_request(options, images), None, list[tuple[LayerPlan, Deployment]]()
+
+    def keep(attempt: Attempt) -> None:
+        _keep(models, attempt, folder / BUNDLE)
+        kept.append((attempt.plan, attempt.deployment))
+
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
         with clock.searching():
@@ -104,7 +110,7 @@ def optimize(
             models = Models(scratch, found.student, found.dense, clock, calibrating, form, request.board)
             stopwatch = stack.enter_context(Stopwatch(clock))
             subject = Subject(trial, models, stopwatch, clock, request.board, max(len(calibrating), fitted))
-            search = Search(request, subject, clock, lambda attempt: _keep(models, attempt, folder / BUNDLE), better)
+            search = Search(request, subject, clock, keep, better)
             search.remarks += [remark] if remark else []
             run(search)
         if search is None or not search.attempts:
@@ -112,7 +118,8 @@ def optimize(
             raise ConfigError(short, "Give more --minutes, or fewer images.")
         closing = close(search)
         best = closing.ranked[0]
-        _keep(models, best, folder / BUNDLE)
+        if kept[-1:] != [(best.plan, best.deployment)]:
+            keep(best)
         if found.path is not None:
             student = models.student_of(best.plan)
             save_student(dataclasses.replace(student, labels=(*options.labels,) or student.labels), folder / STUDENT)

@@ -225,17 +225,18 @@ def _check(search: Search, best: Attempt) -> Quantity:
 def _points(search: Search, best: Attempt) -> list[Point]:
     """Return the plans that were measured in the answer's deployment on all selection images.
 
-    Their times are scaled so that the answer's is the one of the closing measurements.
+    Their times and errors are scaled so that the answer's are the ones of the closing measurements.
     """
-    deployment = best.deployment
-    scale = best.ms / search.ms.get((best.plan, deployment), best.ms)
+    deployment, known = best.deployment, (best.plan, best.deployment)
+    scale = best.ms / search.ms.get(known, best.ms)
+    factor = fmean(best.errors) / max(search.subject.least, fmean(search.errors.get(known, best.errors)))
     plans, rows = list[LayerPlan](), list[tuple[float, float]]()
     for (plan, where), errors in search.errors.items():
         if where == deployment and len(errors) == len(search.selection):
             ms = search.ms.get((plan, deployment))
             if ms is not None:
                 plans.append(plan)
-                rows.append((search.error(plan, deployment), scale * ms))
+                rows.append((min(1.0, factor * fmean(errors)), scale * ms))
     points = [
         Point(
             merge=merge_text(plan.merge),
