@@ -14,11 +14,11 @@ from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.defaults import default_keep
 from sparsifiner_edge.sparse.student import Student
 
-POWER = 2.0
+POWER = 1.5
 """Power by which merges fall where the first layers are sparse."""
 DENSE_POWER = 1.0
 """Power by which merges fall where all layers are dense, as for small images."""
-FIRST_SCALE = 0.18
+FIRST_SCALE = 0.16
 """Share of the patches that the first of twelve layers merges at first; deeper models merge less per layer.
 
 It costs about .02 of the cosine of a DINOv2 at 518 pixels.

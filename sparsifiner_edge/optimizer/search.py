@@ -225,7 +225,7 @@ class Search:
         """
         tried = dict[float, Attempt]()
         while len(tried) < ACCEPT_TRIES:
-            if self.attempts and not self.fits("evaluating", "timing", f"export {deployment.precision}"):
+            if self.attempts and not self.fits("evaluating"):
                 return scale
             tried[scale] = attempt = self._measure(shape.plan(scale, self.subject.patches), deployment)
             reached = self.bounded(attempt)
@@ -262,9 +262,10 @@ class Search:
         if any((one.plan, one.deployment) == (attempt.plan, attempt.deployment) for one in self.attempts):
             return
         self.subject.export(attempt.plan, attempt.deployment)
-        if self.attempts or self.fits("timing"):
-            attempt = attempt._replace(ms=self.subject.exported_ms(attempt.plan, attempt.deployment))
-            self.ms[attempt.plan, attempt.deployment] = attempt.ms
+        known = attempt.plan, attempt.deployment
+        if known not in self.ms and (self.attempts or self.fits("timing")):
+            self.ms[known] = self.subject.exported_ms(*known)
+        attempt = attempt._replace(ms=self.ms.get(known, attempt.ms))
         self.attempts.append(attempt)
         if min(self.attempts, key=self.order) is attempt:
             self._keep(attempt)
@@ -379,9 +380,9 @@ def run(search: Search) -> None:
         search.announce()
     try:
         deployments = choose_deployments(search, shape.plan(scale, patches))
-        while deployments[0] != first and search.fits("evaluating", "timing"):
+        while deployments[0] != first and search.fits("evaluating"):
             try:
-                scale = search.accept(shape, deployments[0], search.fit(shape, deployments[0], scale))
+                scale = search.accept(shape, deployments[0], scale)
                 break
             except (GateError, BackendError) as refusal:
                 search.exclude(deployments.pop(0), refusal)
@@ -402,7 +403,7 @@ def improve(search: Search, shape: Shape, scale: float, deployments: Sequence[De
         other = better_deployment(search, shape, best, scale, deployments[:CLOSE])
         if other != best:
             best, helped = other, True
-            scale = search.accept(shape, best, search.fit(shape, best, scale))
+            scale = search.accept(shape, best, scale)
     search.settled = not helped and search.fits_change(best, "evaluating", "evaluating", "timing")
     for factor in CURVE:
         if not search.fits("evaluating", "timing"):

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
@@ -193,7 +192,7 @@ def evenly_by_error(errors: Sequence[float], count: int) -> list[int]:
     order, chosen, missing = sorted(range(len(errors)), key=errors.__getitem__), list[int](), 0.0
     for number in reversed(range(count)):
         group = order[number * len(order) // count : (number + 1) * len(order) // count]
-        wanted = fmean(errors[place] for place in group) + missing
+        wanted = sum(errors[place] for place in group) * count / len(errors) + missing
         chosen.append(min(group, key=lambda place: abs(errors[place] - wanted)))
         missing = wanted - errors[chosen[-1]]
     return chosen[::-1]
