@@ -150,7 +150,8 @@ def draw_keys(folder: Path, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    student, photograph = load_student(folder), split.images("shown")[0]
+    student = load_student(folder, trust=[MODEL.partition(":")[0]])
+    photograph = split.images("shown")[0]
     image = load_image(photograph, student.img_size)
     rows, columns = student.backbone.grid
     row, column = 2 * rows // 3, columns // 2

@@ -59,6 +59,8 @@ MOST_DENSE = 3
 """Maximum number of deployments in which the dense model is timed."""
 GAIN = 0.03
 """Smallest relative gain of time at equal error for which a change is adopted; smaller ones are noise."""
+NEIGHBOUR = (*["evaluating"] * 2, *["timing"] * 3)
+"""Kinds of the steps that one neighbour of a shape takes."""
 ACCEPT_TRIES = 3
 """Maximum number of plans that are measured on all images to bring an answer within the bound."""
 
@@ -395,7 +397,7 @@ def run(search: Search) -> None:
 def improve(search: Search, shape: Shape, scale: float, deployments: Sequence[Deployment]) -> None:
     """Try the neighbours of a shape, and other deployments of the best one, as long as that helps."""
     best, tried, helped = deployments[0], {shape.rounded}, True
-    while helped and search.fits_change(best, "evaluating", "timing"):
+    while helped and search.fits_change(best, *NEIGHBOUR):
         found = better_shape(search, shape, best, scale, tried)
         helped = found != (shape, scale)
         if helped:
@@ -404,7 +406,7 @@ def improve(search: Search, shape: Shape, scale: float, deployments: Sequence[De
         if other != best:
             best, helped = other, True
             scale = search.accept(shape, best, scale)
-    search.settled = not helped and search.fits_change(best, "evaluating", "evaluating", "timing")
+    search.settled = not helped and search.fits_change(best, *NEIGHBOUR)
     for factor in CURVE:
         if not search.fits("evaluating", "timing"):
             return
@@ -445,7 +447,7 @@ def better_shape(
     for other in shape.neighbours(search.subject.sparse_layers):
         if other.rounded in tried:
             continue
-        if not search.fits_change(deployment, *["evaluating"] * 2, *["timing"] * 3):
+        if not search.fits_change(deployment, *NEIGHBOUR):
             break
         tried.add(other.rounded)
         fitted = search.fit(other, deployment, scale)

@@ -88,7 +88,7 @@ def test_a_plan_is_evaluated_as_the_student_with_its_budget(
 
 
 def test_images_are_taken_evenly_by_what_is_lost_on_them() -> None:
-    assert evenly_by_error([0.5, 0.1, 0.9, 0.3, 0.7], 2) == [3, 4]
+    assert evenly_by_error([0.5, 0.1, 0.9, 0.3, 0.7], 2) == [1, 2]
     assert evenly_by_error([0.2, 0.1], 2) == [1, 0]
 
 
