@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from sparsifiner_edge.progress import Progress
 
-CLOSING_S = 8.0
+CLOSING_S = 10.0
 """Seconds before the end that are reserved for writing the result."""
-CLOSING_SHARE = 0.07
+CLOSING_SHARE = 0.09
 """Maximum share of the whole time that is reserved for writing the result."""
 SPARE = 1.2
 """Factor by which a step may take longer than the last one of its kind."""
@@ -30,11 +30,15 @@ class Clock:
         seconds: Seconds for the whole search.
         progress: Callback that receives the stage and the seconds gone.
         stop: Event that ends the search early.
+
+    Attributes:
+        seconds: See above.
+        reserve_s: Seconds at the end that no step of the search may use, even if it takes longer than expected.
     """
 
     def __init__(self, seconds: float, progress: Progress | None = None, stop: threading.Event | None = None) -> None:
         self.seconds, self._begun, self._progress, self._stop = seconds, time.monotonic(), progress, stop
-        self._took, self._searching = dict[str, float](), False
+        self._took, self._searching, self.reserve_s = dict[str, float](), False, 0.0
 
     @property
     def elapsed_s(self) -> float:
@@ -54,7 +58,8 @@ class Clock:
         """
         if self._progress:
             self._progress(stage, min(self.elapsed_s, self.seconds), self.seconds)
-        if self._searching and (self.remaining <= 0 or (self._stop is not None and self._stop.is_set())):
+        is_over = self.remaining <= self.reserve_s or (self._stop is not None and self._stop.is_set())
+        if self._searching and is_over:
             raise TimeIsUpError
 
     @contextlib.contextmanager
@@ -76,7 +81,11 @@ class Clock:
         self.tell(stage)
         begun = time.monotonic()
         yield
-        self._took[kind] = time.monotonic() - begun
+        self.note(kind, time.monotonic() - begun)
+
+    def note(self, kind: str, seconds: float) -> None:
+        """Note how long a step of a kind takes."""
+        self._took[kind] = seconds
 
     def took(self, *kinds: str) -> float:
         """Return the total duration of the last steps of these kinds in seconds; 0 for kinds that never ran."""

@@ -13,7 +13,6 @@ from sparsifiner_edge.artifacts import kind_of
 from sparsifiner_edge.config import SparsityConfig, require
 from sparsifiner_edge.export.gpu_layout import gpu_sparsity
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.images import evenly
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.models import link_images
 from sparsifiner_edge.optimizer.request import LEAST_IMAGES, SearchRequest, held_out_count
@@ -45,7 +44,7 @@ LEAST_INT8_IMAGES = 6
 """Minimum of them, if there are so many."""
 INT8_SHARE = 0.01
 """Share of the whole time that the dense model takes for the images for int8 calibration."""
-DENSE_SHARE = 0.1
+DENSE_SHARE = 0.12
 """Maximum share of the whole time for running the dense model on all images."""
 
 
@@ -106,18 +105,18 @@ def load(source: str | Path | nn.Module, options: ModelOptions, teacher: str | N
 def open_trial(request: SearchRequest, source: Source, clock: Clock) -> tuple[SearchRequest, Trial]:
     """Return what evaluates plans; if the dense model is too slow for the time limit, fewer images are used."""
     student, teacher, paths = source.student, source.dense.model, [*request.images, *request.reserved]
-    for _ in range(2):  # The first run is a warm-up.
-        with clock.step("dense image", "the dense model on the images"):
-            Trial(student, teacher, paths[:1], request.metric, request.fit)
-    most = max(LEAST_IMAGES, int(DENSE_SHARE * clock.seconds / clock.took("dense image")))
-    if len(paths) > most:
-        reserved = held_out_count(most)
-        request = request._replace(
-            images=evenly(request.images, most - reserved), reserved=evenly(request.reserved, reserved)
-        )
-        paths = [*request.images, *request.reserved]
-    with clock.step("dense", f"the dense model on {len(paths)} images"):
-        return request, Trial(student, teacher, paths, request.metric, request.fit, clock.tell)
+    with clock.step("first image", "the dense model on the first image"):
+        Trial(student, teacher, paths[:1], request.metric, request.fit)  # A warm-up.
+    until = clock.elapsed_s + DENSE_SHARE * clock.seconds
+
+    def enough(count: int) -> bool:
+        return count >= LEAST_IMAGES and clock.elapsed_s > until
+
+    begun = clock.elapsed_s
+    trial = Trial(student, teacher, paths, request.metric, request.fit, clock.tell, enough)
+    clock.note("dense image", (clock.elapsed_s - begun) / len(trial.paths))
+    kept = len(trial.paths) - held_out_count(len(trial.paths))
+    return request._replace(images=trial.paths[:kept], reserved=trial.paths[kept:]), trial
 
 
 def calibration_images(request: SearchRequest, clock: Clock) -> list[Path]:

@@ -101,7 +101,7 @@ class Models:
             GateError: The precision adds too much error.
         """
         if precision not in self._bases:
-            folder = self.export(everything(self.student), precision)
+            folder = self._write(everything(self.student), precision, base=True)
             bundle = open_bundle(folder)
             self._bases[precision] = bundle.model(), bundle.manifest
         model, manifest = self._bases[precision]
@@ -122,30 +122,34 @@ class Models:
             GateError: The precision adds too much error.
         """
         if (plan, precision) not in self._exported:
-            student, dense_text = self.student_of(plan), "the dense model in " * plan.is_dense
-            calibrate = self._dense_calibration if plan.is_dense else self._calibration
-            options = dataclasses.replace(
-                self._options, precision=precision, calibrate=calibrate if precision == "int8" else None
-            )
-            board = self._board
-            if board is not None and board.kind == "gpu":
-                boards = (board,) * (not plan.is_dense and takes_kernels(board, precision))
-                options = dataclasses.replace(
-                    options, int8_target="tensorrt" if precision == "int8" else "cpu", boards=boards
-                )
-            folder = self._folder / f"bundle-{len(self._exported)}"
-            kind = f"export {precision}" if self._base is not None or self._board is not None else "export base"
-            with self._clock.step(kind, f"exporting {dense_text}{precision}"):
-                base = self._float_file(student, plan)
-                int8 = self._int8_file(plan) if precision == "int8" else None
-                try:
-                    export_student(student, folder, options, base, self._clock.tell, int8)
-                except ConfigError:  # Nothing can be compiled for the board: function bodies run it.
-                    if not options.boards:
-                        raise
-                    export_student(student, folder, dataclasses.replace(options, boards=()), base, self._clock.tell)
-            self._exported[plan, precision] = folder
+            self._exported[plan, precision] = self._write(plan, precision)
         return self._exported[plan, precision]
+
+    def _write(self, plan: LayerPlan, precision: str, base: bool = False) -> Path:
+        """Export a plan; a base, from which others are derived, is not checked against torch."""
+        student, dense_text = self.student_of(plan), "the dense model in " * plan.is_dense
+        calibrate = self._dense_calibration if plan.is_dense else self._calibration
+        options = dataclasses.replace(
+            self._options, precision=precision, calibrate=calibrate if precision == "int8" else None
+        )
+        board = self._board
+        if board is not None and board.kind == "gpu":
+            boards = (board,) * (not plan.is_dense and takes_kernels(board, precision))
+            options = dataclasses.replace(
+                options, int8_target="tensorrt" if precision == "int8" else "cpu", boards=boards
+            )
+        folder = self._folder / f"bundle-{len(self._exported)}{'-base' * base}"
+        kind = f"export {precision}" if self._base is not None or self._board is not None else "export base"
+        with self._clock.step(kind, f"exporting {dense_text}{precision}"):
+            file = self._float_file(student, plan, base)
+            int8 = self._int8_file(plan) if precision == "int8" else None
+            try:
+                return export_student(student, folder, options, file, self._clock.tell, int8)
+            except ConfigError:  # Nothing can be compiled for the board: function bodies run it.
+                if not options.boards:
+                    raise
+                without = dataclasses.replace(options, boards=())
+                return export_student(student, folder, without, file, self._clock.tell)
 
     def _int8_file(self, plan: LayerPlan) -> tuple[onnx.ModelProto, Quantisation] | None:
         """Return the int8 file of a plan and the report of its calibration, if one with everything was calibrated."""
@@ -164,13 +168,12 @@ class Models:
         """Return True if `export` has made this bundle."""
         return (plan, precision) in self._exported
 
-    def _float_file(self, student: Student, plan: LayerPlan) -> FloatFile:
+    def _float_file(self, student: Student, plan: LayerPlan, base: bool) -> FloatFile:
         if self._board is not None:
             return float_file(student, tokens=True)
-        typical = everything(self.student)
         if self._base is None:
-            self._base = float_file(student if plan == typical else self.student_of(typical), tokens=True)
-        if plan == typical:
+            self._base = float_file(self.student_of(everything(self.student)), tokens=True, check=False)
+        if base:
             return self._base
         if plan not in self._floats:
             self._floats = {plan: float_file(student, tokens=True, other=self._base.model)}
@@ -268,5 +271,7 @@ class Stopwatch:
                     break
                 with self._clock.step("loading", f"loading for {deployment}"):
                     sides.append(stack.enter_context(self._side(bundle, deployment)))
+            left_s = max(1.0, self._clock.remaining) / len(sides)
+            rules = replace(rules, max_seconds=min(rules.max_seconds, left_s))
             measure_blocks(sides, rules, self._clock.tell, "measuring full models")
             return medians_in_turn([side.blocks for side in sides])

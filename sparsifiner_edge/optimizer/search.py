@@ -41,11 +41,13 @@ FLAT = -0.5
 """Assumed exponent of the time as a function of the scale of the merges."""
 ELASTICITY = 0.45
 """Assumed relative fall of the time per relative rise of the error, along a shape."""
+SELECTIVE = 0.6
+"""Largest share of the images for which evaluating on the selection images alone saves time."""
 QUICK_IMAGES = 6
 """Number of images on which deployments are compared."""
 EVALUATION_SHARE = 0.01
 """Share of the whole time in which a plan is evaluated; slower models are compared on fewer images."""
-MIN_SELECTION = 8
+MIN_SELECTION = 16
 """Minimum number of selection images, if there are so many."""
 DEPLOYMENTS_SHARE = 0.12
 """Share of the whole time for trying deployments."""
@@ -53,7 +55,7 @@ FAR = 1.4
 """A backend that is slower than another by this factor is tried in no other precision."""
 CLOSE = 3
 """Number of deployments that are tried again with the improved plan."""
-DENSE_TIMINGS = 3
+DENSE_TIMINGS = 2
 """Timing the dense model is assumed to take as long as this many other timings."""
 MOST_DENSE = 3
 """Maximum number of deployments in which the dense model is timed."""
@@ -269,6 +271,7 @@ class Search:
             self.ms[known] = self.subject.exported_ms(*known)
         attempt = attempt._replace(ms=self.ms.get(known, attempt.ms))
         self.attempts.append(attempt)
+        self.clock.reserve_s = self.subject.closing_s()
         if min(self.attempts, key=self.order) is attempt:
             self._keep(attempt)
             self.announce()
@@ -320,10 +323,27 @@ class Search:
         self.errors = {(plan, deployment): chosen}
 
 
-def choose_deployments(search: Search, plan: LayerPlan) -> list[Deployment]:
-    """Return the deployments by the score of a plan, the best first."""
+def choose_arithmetic(search: Search, plan: LayerPlan, first: Deployment) -> Deployment:
+    """Return the best arithmetic for the file and backend of the first deployment, from a few answers each.
+
+    bfloat16 is much faster on some processors and slower on others, which their features do not tell.
+    """
+    file, scores = (first.backend, first.precision), dict[Deployment, float]()
+    same = [one for one in search.request.deployments if (one.backend, one.precision) == file]
+    for deployment in same if len(same) > 1 and first.is_here else []:
+        try:
+            error = search.error(plan, deployment, QUICK_IMAGES)
+            scores[deployment] = search.score(error, search.subject.answer_ms[deployment])
+        except (GateError, BackendError) as refusal:
+            search.exclude(deployment, refusal)
+    best = min(scores, key=scores.__getitem__, default=first)
+    return best if best != first and scores[best] < scores[first] - GAIN else first
+
+
+def choose_deployments(search: Search, plan: LayerPlan, first: Deployment) -> list[Deployment]:
+    """Return the deployments by the score of a plan, the best first; `first`, which has an answer, is always there."""
     scores, times, until = dict[Deployment, float](), dict[Deployment, float](), math.inf
-    for deployment in search.request.deployments:
+    for deployment in (first, *(other for other in search.request.deployments if other != first)):
         slower = [times[other] / min(times.values()) for other in times if other.backend == deployment.backend]
         if slower and min(slower) > FAR:
             search.excluded[deployment] = (
@@ -350,7 +370,7 @@ def time_dense(search: Search, deployments: Sequence[Deployment]) -> None:
     """Time the dense model where it may be fastest."""
     hosts = dict.fromkeys(deployment.dense_host for deployment in deployments)
     for host in [host for host in hosts if host not in search.dense][: MOST_DENSE - len(search.dense)]:
-        if not search.fits(TIMING_DENSE if search.dense else "timing"):
+        if not search.fits(*[TIMING_DENSE] if search.dense else ["timing"] * DENSE_TIMINGS):
             return
         try:
             search.dense[host] = search.subject.dense_ms(host)
@@ -373,7 +393,10 @@ def run(search: Search) -> None:
         first = next(one for one in search.request.deployments if one not in search.excluded)
         try:
             search.split_images(shape.plan(scale, patches), first)
-            scale = search.accept(shape, first, search.fit(shape, first, scale))
+            first = choose_arithmetic(search, shape.plan(scale, patches), first)
+            if len(search.selection) < SELECTIVE * len(search.subject.paths):
+                scale = search.fit(shape, first, scale)
+            scale = search.accept(shape, first, scale)
         except (GateError, BackendError) as refusal:
             search.exclude(first, refusal)
     others_s = DEPLOYMENTS_SHARE * search.clock.seconds
@@ -381,7 +404,7 @@ def run(search: Search) -> None:
         time_dense(search, [first])
         search.announce()
     try:
-        deployments = choose_deployments(search, shape.plan(scale, patches))
+        deployments = choose_deployments(search, shape.plan(scale, patches), first)
         while deployments[0] != first and search.fits("evaluating"):
             try:
                 scale = search.accept(shape, deployments[0], scale)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.family import sparse_layers
@@ -40,6 +43,7 @@ class Subject:
 
     Attributes:
         calibrating: See above.
+        answer_ms: By deployment of this machine, the median milliseconds of an answer while a plan was last evaluated.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Subject:
         self._trial, self._models, self._stopwatch, self._clock = trial, models, stopwatch, clock
         self._board, self.calibrating = board, calibrating
         self.student, self.patches, self.least = models.student, models.student.backbone.patches, trial.least
-        self.sparse_layers = sparse_layers(models.student)
+        self.sparse_layers, self.answer_ms = sparse_layers(models.student), dict[Deployment, float]()
 
     @property
     def paths(self) -> list[Path]:
@@ -156,12 +160,21 @@ class Subject:
         Raises:
             BackendError: The deployment does not take the bundle.
         """
-        found = checked_bundle(bundle)
+        found, durations = checked_bundle(bundle), list[float]()
         with (
             self._clock.step("evaluating", f"evaluating a plan in {deployment}"),
             session_on(found, deployment.execution) as session,
         ):
-            return self._trial.errors_of(session.infer, places, self._clock.tell)
+
+            def infer(inputs: dict[str, Array]) -> dict[str, Array]:
+                begun = time.perf_counter()
+                outputs = session.infer(inputs)
+                durations.append(1e3 * (time.perf_counter() - begun))
+                return outputs
+
+            errors = self._trial.errors_of(infer, places, self._clock.tell)
+        self.answer_ms[deployment] = median(durations)
+        return errors
 
     def _estimate(self, plan: LayerPlan, precision: str) -> float:
         """Return the estimate of a plan on the board, as `estimate` computes it from a bundle."""

@@ -115,9 +115,10 @@ class Trial:
         metric: See `error_by`.
         fit: How images are brought to the size.
         progress: Progress callback.
+        enough: Called with the number of images so far; once it returns True, the other images are left out.
 
     Attributes:
-        paths: The images.
+        paths: The images that are used.
         least: Floor of the error; see `least_error`.
     """
 
@@ -129,16 +130,20 @@ class Trial:
         metric: str,
         fit: Fit = "crop",
         progress: Progress | None = None,
+        enough: Callable[[int], bool] | None = None,
     ) -> None:
-        self._student, self.paths = student, list(paths)
+        self._student = student
         self._own: Student | None = None
-        self._raw = [load_image(path, Framing(student.img_size, fit))[None] for path in paths]
-        wanted = list[Prediction]()
-        for image in self._raw:
+        self._raw, wanted = list[Array](), list[Prediction]()
+        for path in paths:
+            self._raw.append(load_image(path, Framing(student.img_size, fit))[None])
             with torch.inference_mode():
-                wanted.append(prediction_of(teacher, self._pixels(image), student.outputs))
+                wanted.append(prediction_of(teacher, self._pixels(self._raw[-1]), student.outputs))
             if progress:
                 progress("the dense model on the images", len(wanted), len(paths))
+            if enough and enough(len(wanted)):
+                break
+        self.paths = paths = list(paths[: len(wanted)])
         self._error, self.least = error_by(metric, student, wanted, paths), least_error(metric)
 
     def _pixels(self, image: Array) -> Tensor:

@@ -418,11 +418,13 @@ def test_an_engine_that_refuses_the_model_is_left_out_and_said(
     with Stopwatch(clock) as stopwatch:
         measured = Subject(trial, files, stopwatch, clock, None, len(request.images))
         first, second = (Search(request, measured, clock, lambda _: None) for _ in range(2))
-        assert [str(found) for found in choose_deployments(first, plan)] == ["onnxruntime, fp32"]
+        assert [str(found) for found in choose_deployments(first, plan, request.deployments[1])] == [
+            "onnxruntime, fp32"
+        ]
         assert first.excluded == dict.fromkeys(request.deployments[:1], "It runs in fp32, not fp16.")
         refusing.append("onnxruntime")
         with pytest.raises(BackendError, match="not fp16"):
-            choose_deployments(second, plan)
+            choose_deployments(second, plan, request.deployments[1])
 
 
 def candidate(ms: float, **changes: Any) -> Candidate:
