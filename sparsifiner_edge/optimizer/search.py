@@ -20,7 +20,7 @@ from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.family import Shape, family
 from sparsifiner_edge.optimizer.request import SearchRequest
-from sparsifiner_edge.optimizer.subject import TIMING_DENSE, Subject
+from sparsifiner_edge.optimizer.subject import EVALUATING_ALL, TIMING_DENSE, Subject
 from sparsifiner_edge.optimizer.trial import evenly_by_error
 from sparsifiner_edge.pareto import Deployment, Interim
 from sparsifiner_edge.plan import LayerPlan
@@ -35,6 +35,8 @@ FIT_TRIES = 4
 """Maximum number of plans that are measured to bring a shape to the bound."""
 FITTED = 0.05
 """Relative distance from the aim at which a shape counts as fitted."""
+NEAR = 0.15
+"""Relative distance from the aim at which a neighbour is compared."""
 STEEP = 1.8
 """Assumed exponent of the error as a function of the scale of the merges."""
 FLAT = -0.5
@@ -61,6 +63,8 @@ MOST_DENSE = 3
 """Maximum number of deployments in which the dense model is timed."""
 GAIN = 0.03
 """Smallest relative gain of time at equal error for which a change is adopted; smaller ones are noise."""
+ACCEPTING = (EVALUATING_ALL,) * 3
+"""Kinds of the steps that bring a plan within the bound on all images."""
 NEIGHBOUR = (*["evaluating"] * 2, *["timing"] * 3)
 """Kinds of the steps that one neighbour of a shape takes."""
 ACCEPT_TRIES = 3
@@ -101,13 +105,14 @@ class Search:
 
     Attributes:
         errors: Errors by plan and deployment on the selection images, or on the first of them.
+        all_errors: Errors by plan and deployment on all images.
         ms: Times by plan and deployment.
         excluded: Deployments that are not searched, with the reason.
         attempts: Exported plans, in the order in which they were made.
         dense: Times of the dense model by deployment.
         remarks: Remarks for the user.
         limit: Limit of the bounded quantity: error, or milliseconds with room for another measurement.
-        factor: Ratio of the bounded error of an exported plan to its error on the selection images.
+        factor: Ratio of the last plan's error on all images to that on the selection images.
         settled: True if the search ended because no change helped any more.
     """
 
@@ -122,10 +127,8 @@ class Search:
         self.request, self.bound, self.subject, self.clock = request, request.bound, subject, clock
         self._keep, self._announce = keep, announce
         self.selection = list(range(len(request.images)))
-        self.errors, self.ms = (
-            dict[tuple[LayerPlan, Deployment], list[float]](),
-            dict[tuple[LayerPlan, Deployment], float](),
-        )
+        self.errors = dict[tuple[LayerPlan, Deployment], list[float]]()
+        self.all_errors, self.ms = dict(self.errors), dict[tuple[LayerPlan, Deployment], float]()
         self.excluded, self.attempts, self.dense = dict[Deployment, str](), list[Attempt](), dict[Deployment, float]()
         self.remarks, self.factor, self.settled = list[str](), 1.0, False
         self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
@@ -186,13 +189,20 @@ class Search:
         if set(self.request.deployments) <= set(self.excluded):
             raise error
 
-    def fit(self, shape: Shape, deployment: Deployment, scale: float) -> float:
-        """Return the scale at which a shape just meets the bound, by the secant of measured plans."""
+    def fit(self, shape: Shape, deployment: Deployment, scale: float, near: float = FITTED) -> float:
+        """Return the scale at which a shape just meets the bound, by the secant of measured plans.
+
+        Args:
+            shape: The shape.
+            deployment: The deployment.
+            scale: Scale to begin with.
+            near: Relative distance from the aim that is near enough.
+        """
         measured = dict[float, float]()
         while len(measured) < FIT_TRIES and self.fits("evaluating", *["timing"] * (not self.bound.by_fidelity)):
             plan = shape.plan(scale, self.subject.patches)
             value = self.error(plan, deployment) if self.bound.by_fidelity else self.time(plan, deployment)
-            if abs(value / self.aim - 1) < FITTED or plan.is_dense or scale in measured:
+            if abs(value / self.aim - 1) < near or plan.is_dense or scale in measured:
                 break
             measured[scale] = value
             nearest = sorted(measured, key=lambda one: abs(math.log(measured[one] / self.aim)))
@@ -215,7 +225,7 @@ class Search:
 
     def fits_change(self, deployment: Deployment, *kinds: str) -> bool:
         """Return True if there is time for these steps, and to accept the changed plan afterwards."""
-        return self.fits(*kinds, "evaluating", "evaluating", f"export {deployment.precision}", "timing")
+        return self.fits(*kinds, *ACCEPTING, f"export {deployment.precision}", "timing")
 
     def accept(self, shape: Shape, deployment: Deployment, scale: float) -> float:
         """Bring a shape within the bound on all images, export it, and keep it if it is the best so far.
@@ -229,13 +239,13 @@ class Search:
         """
         tried = dict[float, Attempt]()
         while len(tried) < ACCEPT_TRIES:
-            if self.attempts and not self.fits("evaluating"):
+            if self.attempts and not self.fits(EVALUATING_ALL):
                 return scale
             tried[scale] = attempt = self._measure(shape.plan(scale, self.subject.patches), deployment)
             reached = self.bounded(attempt)
             following = self.rescaled(shape, scale, reached)
             within = WINDOW[0] * self.limit <= reached <= WINDOW[1] * self.limit
-            if within or following in tried or not self.fits("evaluating", f"export {deployment.precision}"):
+            if within or following in tried or not self.fits(EVALUATING_ALL, f"export {deployment.precision}"):
                 break
             scale = following
         scale = min(tried, key=lambda one: self._distance(tried[one]))
@@ -249,17 +259,14 @@ class Search:
 
     def _measure(self, plan: LayerPlan, deployment: Deployment) -> Attempt:
         """Measure a plan on all images."""
-        errors, count = self.subject.all_errors(plan, deployment), len(self.request.images)
+        if (plan, deployment) not in self.all_errors:
+            self.note(plan, deployment, self.subject.all_errors(plan, deployment))
+        errors, count = self.all_errors[plan, deployment], len(self.request.images)
         if self.bound.by_fidelity:  # If it is not timed: the last plan in this deployment had about this time.
             ms = next((ms for (_, where), ms in reversed(self.ms.items()) if where == deployment), math.inf)
         else:
             ms = self.time(plan, deployment)
-        attempt = Attempt(plan, deployment, ms, errors[:count], errors[count:])
-        chosen = [errors[place] for place in self.selection]
-        self.errors[plan, deployment] = chosen
-        if self.bound.by_fidelity:
-            self.factor = self.bounded(attempt) / max(fmean(chosen), self.subject.least)
-        return attempt
+        return Attempt(plan, deployment, ms, errors[:count], errors[count:])
 
     def _export(self, attempt: Attempt) -> None:
         """Export and time a plan, and keep it if it is the best so far."""
@@ -287,11 +294,11 @@ class Search:
     def bounded(self, attempt: Attempt) -> float:
         """Return the bounded quantity of an attempt.
 
-        It is the larger of the mean errors over the search's images and over the held-out images; or the milliseconds.
+        It is the larger of the mean errors over all images and over the held-out images; or the milliseconds.
         """
         if not self.bound.by_fidelity:
             return attempt.ms
-        return max(self.subject.least, fmean(attempt.errors), fmean(attempt.reserved))
+        return max(self.subject.least, fmean([*attempt.errors, *attempt.reserved]), fmean(attempt.reserved))
 
     def order(self, attempt: Attempt) -> tuple[bool, float]:
         """Return a sort key: attempts that meet the bound first, the best of them first; then the closest."""
@@ -299,28 +306,44 @@ class Search:
         best = attempt.ms if self.bound.by_fidelity else fmean(attempt.errors)
         return (False, best) if reached <= self.limit else (True, reached)
 
-    def split_images(self, plan: LayerPlan, deployment: Deployment) -> None:
-        """Choose held-out and selection images by the errors of a plan, so that each set is as hard as all images.
+    def split_images(self, shape: Shape, deployment: Deployment, scale: float) -> float:
+        """Choose held-out and selection images by the errors of plans, so that each set is as hard as all images.
 
-        Images that calibrate are never held out.
+        The errors of a plan nearer to the bound count as much as those of the first plan: a few images have most of the
+        error, and how much depends on the plan. Images that calibrate are never held out.
+
+        Returns:
+            The scale of the nearer plan.
         """
-        begun, paths = self.clock.elapsed_s, self.subject.paths
-        errors = self.subject.errors(plan, deployment, range(len(paths)))
+        begun, paths, measured = self.clock.elapsed_s, self.subject.paths, dict[LayerPlan, list[float]]()
+        first = shape.plan(scale, self.subject.patches)
+        measured[first] = self.subject.errors(first, deployment, range(len(paths)))
         each_s = (self.clock.elapsed_s - begun) / len(paths)
-        calibrating, count = self.subject.calibrating, len(self.request.reserved)
-        free = [place for place in range(len(errors)) if place >= calibrating]
-        back = {free[place] for place in evenly_by_error([errors[place] for place in free], count)}
-        order = [*(place for place in range(len(errors)) if place not in back), *sorted(back)]
+        if self.bound.by_fidelity and self.fits(EVALUATING_ALL):
+            scale = self.rescaled(shape, scale, max(self.subject.least, fmean(measured[first])))
+            nearer = shape.plan(scale, self.subject.patches)
+            measured[nearer] = self.subject.errors(nearer, deployment, range(len(paths)))
+        means = {plan: max(fmean(errors), self.subject.least) for plan, errors in measured.items()}
+        hard = [sum(errors[place] / means[plan] for plan, errors in measured.items()) for place in range(len(paths))]
+        count = len(self.request.reserved)
+        free = list(range(self.subject.calibrating, len(paths)))
+        back = {free[place] for place in evenly_by_error([hard[place] for place in free], count)}
+        order = [*(place for place in range(len(paths)) if place not in back), *sorted(back)]
         self.subject.arrange(order)
-        errors = [errors[place] for place in order]
-        kept = len(errors) - count
+        kept = len(paths) - count
         self.request = self.request._replace(images=self.subject.paths[:kept], reserved=self.subject.paths[kept:])
         most = int(EVALUATION_SHARE * self.clock.seconds / max(each_s, 1e-9))
-        spread = evenly_by_error(errors[:kept], min(kept, max(MIN_SELECTION, most)))
+        spread = evenly_by_error([hard[place] for place in order[:kept]], min(kept, max(MIN_SELECTION, most)))
         self.selection = [*spread[1::3], *spread[::3], *spread[2::3]]  # So that the first few represent all.
+        for plan, errors in measured.items():
+            self.note(plan, deployment, [errors[place] for place in order])
+        return scale
+
+    def note(self, plan: LayerPlan, deployment: Deployment, errors: list[float]) -> None:
+        """Note the errors of a plan on all images."""
         chosen = [errors[place] for place in self.selection]
+        self.all_errors[plan, deployment], self.errors[plan, deployment] = errors, chosen
         self.factor = max(fmean(errors), self.subject.least) / max(fmean(chosen), self.subject.least)
-        self.errors = {(plan, deployment): chosen}
 
 
 def choose_arithmetic(search: Search, plan: LayerPlan, first: Deployment) -> Deployment:
@@ -392,7 +415,7 @@ def run(search: Search) -> None:
     while not search.attempts:
         first = next(one for one in search.request.deployments if one not in search.excluded)
         try:
-            search.split_images(shape.plan(scale, patches), first)
+            scale = search.split_images(shape, first, scale)
             first = choose_arithmetic(search, shape.plan(scale, patches), first)
             if len(search.selection) < SELECTIVE * len(search.subject.paths):
                 scale = search.fit(shape, first, scale)
@@ -405,7 +428,7 @@ def run(search: Search) -> None:
         search.announce()
     try:
         deployments = choose_deployments(search, shape.plan(scale, patches), first)
-        while deployments[0] != first and search.fits("evaluating"):
+        while deployments[0] != first and search.fits(EVALUATING_ALL):
             try:
                 scale = search.accept(shape, deployments[0], scale)
                 break
@@ -473,7 +496,7 @@ def better_shape(
         if not search.fits_change(deployment, *NEIGHBOUR):
             break
         tried.add(other.rounded)
-        fitted = search.fit(other, deployment, scale)
+        fitted = search.fit(other, deployment, scale, NEAR)
         if is_better(other, fitted):
             best, found = score(other, fitted), (other, fitted)
     return found
@@ -485,7 +508,7 @@ def better_deployment(
     """Return the best deployment of a plan."""
     plan, scores = shape.plan(scale, search.subject.patches), dict[Deployment, float]()
     for deployment in (best, *(other for other in deployments if other != best and other not in search.excluded)):
-        if not scores or search.fits("evaluating", "timing", f"export {deployment.precision}", "evaluating", "timing"):
+        if not scores or search.fits_change(deployment, "evaluating", "timing"):
             try:
                 scores[deployment] = search.score(search.error(plan, deployment), search.time(plan, deployment))
             except (GateError, BackendError) as refusal:

@@ -24,6 +24,8 @@ from sparsifiner_edge.runtime.open import checked_bundle, session_on
 
 TIMING_DENSE = "timing the dense model"
 """Kind of the step that times the dense model, for the clock."""
+EVALUATING_ALL = "evaluating all"
+"""Kind of the step that evaluates a plan on all images."""
 CLOSING_TIMED = 6
 """Number of complete models that are timed at the end."""
 CLOSING_SHARE = 0.16
@@ -71,7 +73,7 @@ class Subject:
             BackendError: The deployment does not take the model.
         """
         if self._board is not None:
-            with self._clock.step("evaluating", "evaluating a plan"):
+            with self._clock.step(self._kind(places), "evaluating a plan"):
                 return self._trial.errors(plan, places)
         return self.errors_of(self._models.trial(plan, deployment.precision), deployment, places)
 
@@ -162,7 +164,7 @@ class Subject:
         """
         found, durations = checked_bundle(bundle), list[float]()
         with (
-            self._clock.step("evaluating", f"evaluating a plan in {deployment}"),
+            self._clock.step(self._kind(places), f"evaluating a plan in {deployment}"),
             session_on(found, deployment.execution) as session,
         ):
 
@@ -175,6 +177,9 @@ class Subject:
             errors = self._trial.errors_of(infer, places, self._clock.tell)
         self.answer_ms[deployment] = median(durations)
         return errors
+
+    def _kind(self, places: Sequence[int]) -> str:
+        return EVALUATING_ALL if len(places) == len(self.paths) else "evaluating"
 
     def _estimate(self, plan: LayerPlan, precision: str) -> float:
         """Return the estimate of a plan on the board, as `estimate` computes it from a bundle."""
