@@ -11,7 +11,7 @@ its answers lose on other images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ ACCEPTING = (EVALUATING_ALL,) * 3
 """Kinds of the steps that bring a plan within the bound on all images."""
 NEIGHBOUR = (*["evaluating"] * 2, *["timing"] * 3)
 """Kinds of the steps that one neighbour of a shape takes."""
-ACCEPT_TRIES = 3
+ACCEPT_TRIES = 4
 """Maximum number of plans that are measured on all images to bring an answer within the bound."""
 
 
@@ -205,19 +205,34 @@ class Search:
             if abs(value / self.aim - 1) < near or plan.is_dense or scale in measured:
                 break
             measured[scale] = value
-            nearest = sorted(measured, key=lambda one: abs(math.log(measured[one] / self.aim)))
-            if len(nearest) > 1:
-                one, two = nearest[:2]
-                slope = math.log(measured[two] / measured[one]) / math.log(two / one)
-                typical = STEEP if self.bound.by_fidelity else FLAT
-                low, high = sorted((typical / 2, typical * 2))
-                self._slope = min(max(slope, low), high)
-            scale = self.rescaled(shape, nearest[0], measured[nearest[0]])
+            scale = self.next_scale(shape, measured)
         return scale
 
-    def rescaled(self, shape: Shape, scale: float, value: float) -> float:
-        """Return the scale at which a shape is expected to meet the aim, from the value at another scale."""
-        return shape.clip(scale * min(max((self.aim / value) ** (1 / self._slope), 0.3), 3.0), self.subject.patches)
+    def next_scale(self, shape: Shape, measured: Mapping[float, float]) -> float:
+        """Return the scale at which a shape is expected to meet the aim.
+
+        It lies between the nearest scales on both sides of the aim if there are any, because the error of single images
+        may jump; otherwise it follows from the nearest value.
+
+        Args:
+            shape: The shape.
+            measured: Values of the bounded quantity by scale, at least one.
+        """
+        nearest = sorted(measured, key=lambda one: abs(math.log(measured[one] / self.aim)))
+        below = [scale for scale in nearest if measured[scale] < self.aim]
+        above = [scale for scale in nearest if measured[scale] >= self.aim]
+        if below and above:
+            one, two = below[0], above[0]
+            share = math.log(self.aim / measured[one]) / math.log(measured[two] / measured[one])
+            return float(one * (two / one) ** min(max(share, 0.1), 0.9))
+        if len(nearest) > 1:
+            one, two = nearest[:2]
+            slope = math.log(measured[two] / measured[one]) / math.log(two / one)
+            typical = STEEP if self.bound.by_fidelity else FLAT
+            low, high = sorted((typical / 2, typical * 2))
+            self._slope = min(max(slope, low), high)
+        factor = (self.aim / measured[nearest[0]]) ** (1 / self._slope)
+        return shape.clip(nearest[0] * min(max(factor, 0.3), 3.0), self.subject.patches)
 
     def fits(self, *kinds: str) -> bool:
         """Return True if there is time for these steps before the closing measurements."""
@@ -243,7 +258,7 @@ class Search:
                 return scale
             tried[scale] = attempt = self._measure(shape.plan(scale, self.subject.patches), deployment)
             reached = self.bounded(attempt)
-            following = self.rescaled(shape, scale, reached)
+            following = self.next_scale(shape, {at: self.bounded(one) for at, one in tried.items()})
             within = WINDOW[0] * self.limit <= reached <= WINDOW[1] * self.limit
             if within or following in tried or not self.fits(EVALUATING_ALL, f"export {deployment.precision}"):
                 break
@@ -320,7 +335,7 @@ class Search:
         measured[first] = self.subject.errors(first, deployment, range(len(paths)))
         each_s = (self.clock.elapsed_s - begun) / len(paths)
         if self.bound.by_fidelity and self.fits(EVALUATING_ALL):
-            scale = self.rescaled(shape, scale, max(self.subject.least, fmean(measured[first])))
+            scale = self.next_scale(shape, {scale: max(self.subject.least, fmean(measured[first]))})
             nearer = shape.plan(scale, self.subject.patches)
             measured[nearer] = self.subject.errors(nearer, deployment, range(len(paths)))
         means = {plan: max(fmean(errors), self.subject.least) for plan, errors in measured.items()}
