@@ -247,6 +247,19 @@ def test_time_ends_the_block_and_code_of_others_cannot_take_it() -> None:
         _ = 1 / 0
 
 
+def test_the_time_for_the_last_measurement_is_kept() -> None:
+    """A step that takes longer than expected ends there."""
+    clock, told = Clock(600), list[str]()
+    with clock.searching():
+        clock.tell("first")
+        told.append("first")
+        clock.reserve_s = clock.remaining
+        clock.tell("second")
+        told.append("second")
+    assert told == ["first"]
+    clock.tell("closing")
+
+
 def test_a_clock_ends_its_own_block_only() -> None:
     outer, inner, passed = Clock(600), Clock(0.2), list[str]()
     with outer.searching():

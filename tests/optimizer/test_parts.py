@@ -1,4 +1,4 @@
-"""Tests of the optimizer's parts: measured errors, the family of plans, the smooth latency, and the search on laws."""
+"""Tests of the optimizer's parts: measured errors, the family of plans, and the search on laws."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.optimizer import search as search_module
 from sparsifiner_edge.optimizer.clock import Clock
-from sparsifiner_edge.optimizer.family import Shape, everything, sparse_layers
+from sparsifiner_edge.optimizer.family import MOST_SCALE, Shape, everything, sparse_layers
 from sparsifiner_edge.optimizer.loading import Source
 from sparsifiner_edge.optimizer.outcome import close, outcome
 from sparsifiner_edge.optimizer.request import LEAST_HELD_OUT, Bound, OptimizeOptions, SearchRequest
-from sparsifiner_edge.optimizer.search import FITTED, WINDOW, Attempt, Search, run
+from sparsifiner_edge.optimizer.search import FITTED, WINDOW, Attempt, Search, choose_arithmetic, run
 from sparsifiner_edge.optimizer.trial import Trial, evenly_by_error
 from sparsifiner_edge.pareto import Deployment, SearchResult
 from sparsifiner_edge.plan import LEAST_PATCHES, PATCHES_PER_MERGE, LayerPlan, plan_of
@@ -324,6 +324,41 @@ def test_an_answer_is_brought_into_the_window(exported: float, power: float) -> 
     assert dense.plan(scale, PATCHES) == search.attempts[-1].plan
     count = len(search.attempts)
     assert (search.accept(dense, HERE[0], scale), len(search.attempts)) == (scale, count), "it is there already"
+
+
+@given(st.dictionaries(st.floats(0.02, 0.5), st.floats(0.001, 0.2), min_size=1, max_size=4))
+def test_the_next_scale_lies_between_plans_on_both_sides_of_the_bound(measured: dict[float, float]) -> None:
+    """The error of single images may jump, so that no exponent fits."""
+    search = searching(Laws(PATHS), Bound(0.98))
+    scale = search.next_scale(SHAPE, measured)
+    below = [at for at, error in measured.items() if error < search.aim]
+    above = [at for at, error in measured.items() if error >= search.aim]
+    if below and above:
+        best = [max(below, key=lambda at: measured[at]), min(above, key=lambda at: measured[at])]
+        assert min(best) <= scale <= max(best)
+    elif below:
+        assert scale >= min(MOST_SCALE, max(below, key=lambda at: measured[at]))
+    else:
+        assert scale <= min(above, key=lambda at: measured[at])
+
+
+@pytest.mark.parametrize(("auto_ms", "refused"), [(7.0, False), (7.0, True), (9.9, False), (12.0, False)])
+def test_the_arithmetic_is_chosen_by_a_few_answers(auto_ms: float, refused: bool) -> None:
+    bf16, auto = Deployment("openvino", "int8", "bf16"), Deployment("openvino", "int8")
+    other, plan = Deployment("openvino", "fp32"), SHAPE.plan(0.1, PATCHES)
+    subject: Any = Laws(PATHS)
+    subject.answer_ms, errors = {bf16: 10.0, auto: auto_ms, other: 1.0}, subject.errors
+
+    def measured(one: LayerPlan, deployment: Deployment, places: Sequence[int]) -> list[float]:
+        if refused and deployment == auto:
+            raise BackendError("It does not run.", "Choose another.")
+        return list(errors(one, deployment, places))
+
+    subject.errors = measured
+    search = searching(subject, Bound(0.98), None, [bf16, auto, other])
+    wins = auto_ms < 9 and not refused
+    assert choose_arithmetic(search, plan, bf16) == (auto if wins else bf16)
+    assert (auto in search.excluded) == refused
 
 
 @pytest.mark.parametrize("exported", [0.05, 8.0])
