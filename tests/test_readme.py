@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-IMAGES = 6
+IMAGES = 11
 VIDEO = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
 
 
