@@ -1,4 +1,4 @@
-"""What a search measures: complete models on this machine, or plans for a board, whose latency is estimated."""
+"""Measurements of a search: complete models on this machine, or estimates of plans for a board."""
 
 from __future__ import annotations
 

@@ -234,7 +234,12 @@ def test_a_search_on_a_full_disk_loses_no_bundle(
     outcome, names = in_mount(
         tmp_path, size, "true", *words, "--backend", "onnxruntime", "--precision", "fp32", "-o", "disk/found"
     )
-    assert_refused(outcome, "disk/found", "No space left on device", "Free space")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "So far: " in outcome.err
+    last = (
+        "error: disk/found/student cannot be written: No space left on device.\n  Free space or choose another place.\n"
+    )
+    assert outcome.err.endswith(last)
     kept = {name.removeprefix("found/bundle/") for name in names if name.startswith("found/bundle/")}
     assert kept >= {path.name for path in tiny_bundle.iterdir()}
     assert not [name for name in names if "/." in name]
