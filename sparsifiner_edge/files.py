@@ -51,6 +51,8 @@ def io_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
+        if isinstance(error, shutil.Error):  # From `copytree`: a list of (source, target, reason).
+            reason = str(error.args[0][0][2]).rpartition("] ")[2].partition(": ")[0]
         raise ArtifactError(f"{path} cannot be written: {reason}.", "Free space or choose another place.") from error
 
 
