@@ -38,7 +38,7 @@ MODEL = "sparsifiner_edge.demo.saliency:saliency"
 """Factory of the saliency model."""
 SIZE = 518
 """Image size of the model in pixels."""
-AT_LEAST = 0.98
+AT_LEAST = 0.982
 """Lowest fidelity (cosine to the dense model) that the search accepts."""
 MARK = ".demonstration"
 """File that identifies a folder of the demonstration."""

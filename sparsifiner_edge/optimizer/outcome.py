@@ -63,8 +63,7 @@ def close(search: Search) -> Closing:
     """Measure the best bundles, the dense model and the steps between them in turn, as far as there is time."""
     ranked = sorted(search.attempts, key=search.order)[:FINALISTS]
     best, others = ranked[0], [(one.plan, one.deployment) for one in ranked[1:]]
-    hosts = sorted(search.dense, key=search.dense.__getitem__) or [best.deployment.dense_host]
-    dense = [(LayerPlan.dense(len(best.plan.keep)), host) for host in hosts]
+    dense = [(LayerPlan.dense(len(best.plan.keep)), host) for host in _dense_hosts(search, best)]
     steps = [(plan, deployment) for _, plan, deployment in lever_steps(search, best)]
     wanted = list(dict.fromkeys([(best.plan, best.deployment), *dense[:1], *steps, *others, *dense[1:]]))
     try:
@@ -102,15 +101,20 @@ def _measure(search: Search, wanted: Sequence[Model]) -> dict[Model, Timed]:
     }
 
 
+def _dense_hosts(search: Search, best: Attempt) -> list[Deployment]:
+    """Return where the dense model was timed, the fastest first, or where it belongs if it was not timed."""
+    return sorted(search.dense, key=search.dense.__getitem__) or [best.deployment.dense_host]
+
+
 def lever_steps(search: Search, best: Attempt) -> list[tuple[str, LayerPlan, Deployment]]:
     """Return the steps from the dense model to the answer: merging, sparse attention, int8, backend and arithmetic.
 
     Empty for a board, whose times are estimated.
     """
-    if not best.deployment.is_here or not search.dense:
+    if not best.deployment.is_here:
         return []
-    plain = [host for host in search.dense if (host.precision, host.compute_precision) == ("fp32", "auto")]
-    start = min(plain, key=search.dense.__getitem__, default=min(search.dense, key=search.dense.__getitem__))
+    hosts = _dense_hosts(search, best)
+    start = next((host for host in hosts if (host.precision, host.compute_precision) == ("fp32", "auto")), hosts[0])
     merged, depth = LayerPlan(best.plan.merge, (1.0,) * len(best.plan.keep)), len(best.plan.keep)
     steps = [("dense model", LayerPlan.dense(depth), start)]
     if not merged.is_dense:
