@@ -48,7 +48,6 @@ def optimize(
     options: OptimizeOptions | None = None,
     *,
     model: ModelOptions | None = None,
-    teacher: str | None = None,
     progress: Progress | None = None,
     better: Callable[[Interim], None] | None = None,
     stop: threading.Event | None = None,
@@ -66,7 +65,6 @@ def optimize(
             `report` `front.png` and `report.html`. During the search, `bundle/` holds the best so far.
         options: Bound, deployments and time.
         model: How the source, or the teacher, is loaded.
-        teacher: Dense model of a sparse model that was trained.
         progress: Progress callback; counts seconds.
         better: Called with the first model that was measured against the dense model, and with each better one.
         stop: Event that ends the search with the best result so far, after the current step.
@@ -98,7 +96,7 @@ def optimize(
         scratch = stack.enter_context(scratch_folder())
         with clock.searching():
             clock.tell("loading")
-            found = load(source, model, teacher, takes_kernels(request.board))
+            found = load(source, model, options.teacher, takes_kernels(request.board))
             with io_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             request, trial = open_trial(request, found, clock)

@@ -95,6 +95,7 @@ class OptimizeOptions:
         minutes: Hard limit for everything, with the best result so far; Ctrl-C ends the search earlier.
         labels: Class names of the output "logits", in order; empty takes the model's own.
         fit: How images are brought to the size; the bundle stores it.
+        teacher: Dense model of a sparse model that was trained.
 
     Example:
         >>> OptimizeOptions(at_least=0.98, backends=["openvino"], minutes=5).metric
@@ -111,6 +112,7 @@ class OptimizeOptions:
     minutes: float = 8.0
     labels: Sequence[str] = ()
     fit: Fit = "crop"
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         require_fit(self.fit)

@@ -127,11 +127,11 @@ def _read_unmerged(graph: Any, places: str | None) -> None:
         if node.op_type != "Gather" or node.input[0] != places:
             continue
         name = node.output[0]
-        while (reader := read_by(name)).op_type in ("Add", "Reshape"):
+        while (reader := read_by(name)).op_type in ("Add", "Reshape") or list(reader.input[:1]) == [name]:
             name = reader.output[0]
         if reader.op_type != "Gather":
             continue
-        rows, reshape = producers.get(reader.input[0], onnx.NodeProto()), read_by(reader.output[0])
-        if (rows.op_type, reshape.op_type) == ("Reshape", "Reshape"):
-            gather = helper.make_node("Gather", [rows.input[0], node.input[1]], reshape.output, reshape.name, axis=1)
-            reshape.CopyFrom(gather)
+        rows, last = producers.get(reader.input[0], onnx.NodeProto()), read_by(reader.output[0])
+        if (rows.op_type, last.op_type) in (("Reshape", "Reshape"), ("Gather", "Unsqueeze")):  # The second for batch 1.
+            gather = helper.make_node("Gather", [rows.input[0], node.input[1]], last.output, last.name, axis=1)
+            last.CopyFrom(gather)
