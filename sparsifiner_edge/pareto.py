@@ -56,7 +56,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
         merge: As `export --merge` takes it.
         keep: As `export --keep` takes it.
         deployment: The deployment.
-        fidelity: Mean over the selection images.
+        fidelity: Mean over the selection images, scaled so that the answer's is its mean over all images.
         ms: Median latency of the whole model; for a board an estimate.
         pareto_optimal: True if no other plan in this deployment is faster and at least as good.
     """
@@ -98,7 +98,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         backend: See `Deployment`.
         precision: See `Deployment`.
         compute_precision: See `Deployment`.
-        fidelity: Mean over the images of the search; for the dense model and levers over the held-out images.
+        fidelity: Mean over all images, held-out ones included; for the dense model and levers over the held-out images.
         held_out_fidelity: Mean over the held-out images.
         ms: Median latency of the whole model; for a board an estimate, as `ms.interval` states.
         file_bytes: Size of model.onnx.

@@ -201,7 +201,7 @@ def _unverified(search: Search, dense: Sequence[Candidate]) -> list[str]:
 
 def _finalist(attempt: Attempt, timed: Timed) -> Candidate:
     row = _row(attempt.plan, attempt.deployment, timed)
-    return msgspec.structs.replace(row, fidelity=1 - fmean(attempt.errors))
+    return msgspec.structs.replace(row, fidelity=1 - fmean([*attempt.errors, *attempt.reserved]))
 
 
 def _row(plan: LayerPlan, deployment: Deployment, timed: Timed) -> Candidate:
@@ -233,7 +233,8 @@ def _points(search: Search, best: Attempt) -> list[Point]:
     """
     deployment, known = best.deployment, (best.plan, best.deployment)
     scale = best.ms / search.ms.get(known, best.ms)
-    factor = fmean(best.errors) / max(search.subject.least, fmean(search.errors.get(known, best.errors)))
+    reached = fmean([*best.errors, *best.reserved])
+    factor = reached / max(search.subject.least, fmean(search.errors.get(known, best.errors)))
     plans, rows = list[LayerPlan](), list[tuple[float, float]]()
     for (plan, where), errors in search.errors.items():
         if where == deployment and len(errors) == len(search.selection):
