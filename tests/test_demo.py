@@ -50,7 +50,7 @@ def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.Capture
     found = demo.main(["-o", str(output), "--minutes", "2"])
     assert found.statistics.answer.fidelity >= 0.8
     assert "sparse: " in capsys.readouterr().out
-    assert (output / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 2
+    assert (output / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 3
     assert (output / "maps.png").read_bytes().startswith(b"\x89PNG")
     assert read_result(output / "task.json")["statistics"]["iou"]["mean"]["value"] > 0
     (output / "mine.txt").touch()

@@ -39,8 +39,9 @@ def folder(
         "images": pictures,
     }.items():
         shutil.copytree(origin, place / name)
-    for path in sorted(pictures.iterdir()):  # A search takes at least five.
-        shutil.copy(path, place / "images" / f"more-{path.name}")
+    for path in sorted(pictures.iterdir()):  # A search takes at least eight.
+        for number in (1, 2):
+            shutil.copy(path, place / "images" / f"more-{number}-{path.name}")
     shutil.copy(tiny_weights, place / "weights.safetensors")
     return place
 

@@ -118,7 +118,7 @@ def test_make_demo(tmp_path: Path) -> None:
     assert task["iou"]["mean"]["value"] >= 0.85
     assert task["error"]["mean"]["value"] <= 0.05
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert "mean absolute error" in page
     assert (tmp_path / "demo" / "maps.png").read_bytes().startswith(b"\x89PNG")
 

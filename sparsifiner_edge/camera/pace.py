@@ -121,7 +121,7 @@ def profile_camera(
 
     Example:
         >>> profile_camera("bundle", "images", rate=100, deadline_ms=5000).statistics.frames
-        6
+        9
     """
     options = options or RunOptions()
     require(0 < rate <= 1000, f"rate is {rate}.", "Give frames per second, above 0 and at most 1000.")

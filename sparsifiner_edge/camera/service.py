@@ -102,7 +102,7 @@ def run(bundle: str | Path, source: str, options: RunOptions | None = None) -> I
         >>> for answered in run("bundle", "images"):
         ...     best = int(answered.outputs["logits"].argmax())
         >>> answered.index, answered.image.shape, best == answered.record.top[0].number
-        (5, (160, 160, 3), True)
+        (8, (160, 160, 3), True)
     """
     parsed, options = parse_source(source), options or RunOptions()
     for name in ("output", "overlay", "metrics"):
@@ -146,9 +146,9 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
 
     Example:
         >>> run_bundle("bundle", "images", RunOptions(output=Path("answers.jsonl"), top=1)).processed
-        6
+        9
         >>> Path("answers.jsonl").read_text().count("\n")
-        6
+        9
     """
     parsed, options = parse_source(source), options or RunOptions()
     files = {name: Path(file) for name in ("output", "overlay") if (file := getattr(options, name)) is not None}

@@ -234,7 +234,7 @@ def _sensitive_layers(
 
 
 def _prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
-    """Return a copy with biases of shape [1,1,N] and separate weights for each linear layer, and the layers' names.
+    """Return a copy in which each linear layer has its own weight and a bias [1,1,N], and the layers' names.
 
     ONNX Runtime turns MatMul and a bias of shape [N] into Gemm, with which its int8 product does not fuse. It also
     cannot make a weight that two layers read uint8 (1.32: "attempt to replace the existing tensor"), which
@@ -254,10 +254,17 @@ def _prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
             read.add(node.input[1])
     for node in source.graph.node:
         if node.op_type == "Add" and any(name in linear for name in node.input):
-            for name in node.input:
+            for place, name in enumerate(node.input):
                 if name in weights and len(weights[name].dims) == 1:
-                    bias = numpy_helper.to_array(weights[name])
-                    weights[name].CopyFrom(numpy_helper.from_array(bias[None, None], name))
+                    # A normalisation may read the same constant, such as zeros.
+                    node.input[place] = f"{name}_of_row"
+                    if node.input[place] not in read:
+                        bias = numpy_helper.to_array(weights[name])[None, None]
+                        source.graph.initializer.append(numpy_helper.from_array(bias, node.input[place]))
+                        read.add(node.input[place])
+    used = {name for node in source.graph.node for name in node.input}
+    for name in weights.keys() - used:
+        source.graph.initializer.remove(weights[name])
     return source, list(linear.values())
 
 
@@ -311,13 +318,13 @@ def _quantise_all(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     # The quantiser observes every MatMul and keeps all observations until the end of a run: the score matrices of all
-    # dense layers at once. Products of activations therefore get another type meanwhile.
+    # dense layers at once. Products of activations therefore get another type of ONNX Runtime's meanwhile.
     products = {n.name for n in source.graph.node if n.op_type == "MatMul"}.difference(layers)
     hidden = copy.deepcopy(source)
+    hidden.opset_import.add(domain="com.microsoft", version=1)
     for node in hidden.graph.node:
         if node.name in products:
-            node.op_type = "Einsum"
-            node.attribute.append(onnx.helper.make_attribute("equation", "...ij,...jk->...ik"))
+            node.op_type, node.domain = "FusedMatMul", "com.microsoft"
     # Without this the quantiser advises preprocessing, which exported files do not need.
     hidden.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     feeds = iter([{"image": image} for image in images])
@@ -345,8 +352,8 @@ def _quantise_all(
         model = onnx.load(after)
     for node in model.graph.node:
         if node.name in products:
-            node.op_type = "MatMul"
-            del node.attribute[:]
+            node.op_type, node.domain = "MatMul", ""
+    model.opset_import.remove(next(entry for entry in model.opset_import if entry.domain == "com.microsoft"))
     return model
 
 

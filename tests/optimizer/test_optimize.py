@@ -91,11 +91,11 @@ def test_the_answer_is_what_was_asked_for(found: Path, folder: Path, tiny_weight
     assert set(images["selection"]) <= set(images["search"])
     assert (len(images["search"]), len(images["held_out"])) == (8, 4)
     assert {len(values) for values in result.samples.values()} == {4}
-    # The bound holds for all images and for those held out.
-    assert (8 * front.answer.fidelity + 4 * front.answer.held_out_fidelity) / 12 >= 0.97
-    # `evaluate` gives the same on the images that the search used.
-    for use, fidelity in (("search", front.answer.fidelity), ("held_out", front.answer.held_out_fidelity)):
-        judged = [path for path in sorted(folder.rglob("*.png")) if path.name in images[use]]
+    assert front.answer.fidelity >= 0.97
+    # `evaluate` gives the same: on all images, and on those held out.
+    every = images["search"] + images["held_out"]
+    for names, fidelity in ((every, front.answer.fidelity), (images["held_out"], front.answer.held_out_fidelity)):
+        judged = [path for path in sorted(folder.rglob("*.png")) if path.name in names]
         again = flat.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
         assert again.statistics["patches_cosine"].mean.value == pytest.approx(fidelity, abs=1e-4)
     # A plan without merging has no rates; on a busy machine it may be the fastest of so small a model.
