@@ -195,7 +195,7 @@ def test_onnx_runtime_1_21_runs_a_stream_by_its_bodies(stream_bundle: Path) -> N
     script = (
         "import numpy as np, onnxruntime as ort\n"
         "from sparsifiner_edge.runtime.golden import play\n"
-        "from sparsifiner_edge.runtime.stream import StreamShape\n"
+        "from sparsifiner_edge.runtime.stream_files import StreamShape\n"
         "assert ort.__version__.startswith('1.21'), ort.__version__\n"
         "def runner(name):\n"
         f"    path, on = {str(stream_bundle)!r} + '/stream/' + name, ['CPUExecutionProvider']\n"

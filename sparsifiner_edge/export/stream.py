@@ -22,7 +22,7 @@ from sparsifiner_edge.export.reference import mean_cosines, require_cosines, row
 from sparsifiner_edge.export.sessions import runner_of
 from sparsifiner_edge.metrics import agreement
 from sparsifiner_edge.runtime.golden import play
-from sparsifiner_edge.runtime.stream import (
+from sparsifiner_edge.runtime.stream_files import (
     CACHE,
     CHANGE,
     COUNTS,
@@ -31,6 +31,7 @@ from sparsifiner_edge.runtime.stream import (
     PLACES,
     REFERENCES,
     ROWS,
+    SHIFT,
     TOKENS,
     UNCHANGED,
     Infer,
@@ -78,11 +79,12 @@ class _Step(nn.Module):
         counts: Tensor,
         places: Tensor,
         still: Tensor,
+        shift: Tensor,
         *caches: Tensor,
     ) -> tuple[Tensor, ...]:
         depth = len(self.stream.backbone.layers)
         read = dict(zip(self.stream.read, caches[depth:], strict=True))
-        passage = Passage(rows, tokens, counts, places, still, list(caches[:depth]), read=read)
+        passage = Passage(rows, tokens, counts, places, still, list(caches[:depth]), shift=shift, read=read)
         outputs = self.stream.step(image, passage)
         return (*outputs, cast(Tensor, passage.tokens), *passage.new, *passage.outputs.values())
 
@@ -117,9 +119,7 @@ def write_stream(
     """
     images = [smooth_images(size, seed=seed) for seed in range(GOLDEN_FRAMES)]
     backbone, (heads, dim, _) = stream.backbone, stream.backbone.geometry
-    shape = StreamShape(
-        len(backbone.layers), backbone.width, heads * dim, backbone.prefix, backbone.patches, stream.read
-    )
+    shape = StreamShape(len(backbone.layers), backbone.width, heads * dim, backbone.prefix, backbone.grid, stream.read)
     embedding, step = _Embedding(stream).eval(), _Step(stream).eval()
     models = _embedding_file(embedding, shape, images[0]), _step_file(step, shape, images[0], names)
     sequence = np.stack(images), _some_patches(shape)
@@ -170,6 +170,7 @@ def _step_file(module: _Step, shape: StreamShape, image: Array, outputs: list[st
         COUNTS: torch.ones(1, _SOME),
         PLACES: torch.arange(shape.tokens),
         UNCHANGED: torch.ones(1, some),
+        SHIFT: torch.zeros(2),
     }
     sizes = {name: _SOME if name.startswith(CACHE) else shape.tokens for name in shape.caches}
     caches = {name: torch.zeros(1, sizes[name], width) for name, width in shape.caches.items()}
@@ -181,6 +182,7 @@ def _step_file(module: _Step, shape: StreamShape, image: Array, outputs: list[st
         "counts": {1: known},
         "places": None,
         "still": {1: rows},
+        "shift": None,
     }
     lengths = tuple({1: known} if name.startswith(CACHE) else None for name in caches)
     names = [*outputs, FINAL, *(NEW + name for name in caches)]

@@ -20,7 +20,8 @@ from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, Agreement, agreement, align
 from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
-from sparsifiner_edge.runtime.stream import REFERENCES, TOKENS, Infer, StreamShape, StreamState, open_stream
+from sparsifiner_edge.runtime.stream_files import REFERENCES, TOKENS, Infer, StreamShape, open_stream
+from sparsifiner_edge.runtime.stream_state import StreamState
 from sparsifiner_edge.text import one_line
 
 SEQUENCE_TOLERANCE = 1e-3

@@ -22,7 +22,8 @@ from sparsifiner_edge.text import one_line
 if TYPE_CHECKING:
     from sparsifiner_edge.bundle.store import Bundle
     from sparsifiner_edge.runtime.backend import Backend
-    from sparsifiner_edge.runtime.stream import Stream, StreamSessions
+    from sparsifiner_edge.runtime.stream import Stream
+    from sparsifiner_edge.runtime.stream_files import StreamSessions
 
 Self = TypeVar("Self", bound="Session")
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
@@ -166,7 +167,8 @@ class Session(abc.ABC):
             >>> stream.computed.by
             'incremental'
         """
-        from sparsifiner_edge.runtime.stream import Stream, open_stream
+        from sparsifiner_edge.runtime.stream import Stream
+        from sparsifiner_edge.runtime.stream_files import open_stream
 
         if self.opened_as is None:
             raise BackendError(f"This session of {self.model} was opened without its bundle.", "Open the bundle.")

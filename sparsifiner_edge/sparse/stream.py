@@ -52,6 +52,7 @@ class Passage:
         read: Stored outputs [1,N,C] of the layers that the model itself reads, by layer number.
         outputs: Updated outputs [1,N,C] of these layers, by layer number.
         watched: Outputs of these layers, detached from their inputs, by layer number. None disables watching.
+        shift: Rows and columns by which the view moved since the first stored key, [2]; see `moved_table`. None: 0.
     """
 
     rows: Tensor | None = None
@@ -64,6 +65,7 @@ class Passage:
     read: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     outputs: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     watched: dict[int, Tensor] | None = None
+    shift: Tensor | None = None
 
 
 def carry(stored: Tensor, values: Tensor, rows: Tensor, still: Tensor) -> Tensor:
@@ -82,6 +84,27 @@ def carry(stored: Tensor, values: Tensor, rows: Tensor, still: Tensor) -> Tensor
     alike = functional.normalize(stored, dim=-1) @ functional.normalize(before, dim=-1).mT
     weights = ((alike - 1) / _LIKE).exp() * still[:, None]
     return stored + weights @ (values - before) / (weights.sum(-1, keepdim=True) + _FEW)
+
+
+def moved_table(table: Tensor, grid: tuple[int, int], shift: Tensor) -> Tensor:
+    """Return the table of rotary embeddings for a view that moved by whole patches.
+
+    Angles are linear in the position, so that each channel turns by the same angle per row and per column. Attention
+    depends on differences of positions only: keys that are stored need no change.
+
+    Args:
+        table: Sines, then cosines, with the patches in raster order: [P,2d], or [H,P,2d] where heads differ.
+        grid: Rows and columns of patches.
+        shift: Rows and columns by which the view moved, [2]; whole numbers.
+    """
+    sines, cosines = table.chunk(2, -1)
+    angle = table.new_zeros(())
+    for axis, neighbour in enumerate((grid[1] if grid[0] > 1 else 0, 1 if grid[1] > 1 else 0)):
+        (sine, first), (cosine, other) = ((x[..., neighbour, :], x[..., 0, :]) for x in (sines, cosines))
+        step = torch.atan2(sine * other - cosine * first, cosine * other + sine * first)
+        angle = angle + shift[axis] * step
+    sine, cosine = angle.sin().unsqueeze(-2), angle.cos().unsqueeze(-2)
+    return torch.cat([sines * cosine + cosines * sine, cosines * cosine - sines * sine], -1)
 
 
 class Call:
@@ -116,10 +139,12 @@ class StreamLayer(SparseLayer):
     Attributes:
         call: Passage holder, shared by the layers of a model.
         number: Number of the layer.
+        grid: Rows and columns of patches.
     """
 
     call: Call
     number: int
+    grid: tuple[int, int]
 
     def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """Run the layer on the passage's tokens.
@@ -134,6 +159,8 @@ class StreamLayer(SparseLayer):
             passage.tokens = x if self.number == 0 else passage.tokens
             return x
         table, values = self.rotary_table(*masks, **options), cast(Tensor, passage.tokens)
+        if table is not None and passage.shift is not None:
+            table = moved_table(table, self.grid, passage.shift)
         turns = None if table is None else table.index_select(-2, passage.rows[prefix:] - prefix)
         attended, _ = self.packed_attention(self.entry_norm(values), turns)
         values = values + self.after_attention(attended)
@@ -179,7 +206,7 @@ class StreamModel(nn.Module):
             attention.__class__ = mix("StreamAttention", StreamAttention, type(attention))
             layer.__class__ = mix(f"Stream{type(layer).__name__}", StreamLayer, type(layer))
             attention.call = layer.call = self._call
-            layer.number, layer.curve = number, curve
+            layer.number, layer.curve, layer.grid = number, curve, self.backbone.grid
         self.read = self._find_read(example)
 
     @property

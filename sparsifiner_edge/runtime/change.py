@@ -1,0 +1,104 @@
+"""Change of patches between frames, compared with the noise of each patch.
+
+The change of a patch is the distance between two of its tokens, relative to their length. Which change means something
+depends on the camera, the light and the place: in the dark or in fog a completely different scene changes a token by
+less than the noise of a bright one. So each patch has an estimate of its own noise, from the change between consecutive
+frames.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.runtime.stream_files import Mask, Places
+from sparsifiner_edge.runtime.stream_state import moved_tokens
+
+NOISE = 2.5
+"""Change above which a patch counts as changed, in multiples of its noise."""
+LEAST = 0.03
+"""Smallest change that counts, so that rounding and compression of a picture without noise do not."""
+CHANGED = 0.5
+"""Change above which a patch counts as changed, whatever its noise."""
+_SPREAD = 2.0
+"""The noise of a patch is at most this multiple of the median, so that what always moves does not become noise."""
+_FIRST = 0.1
+"""Highest noise after the first two frames, between which something may have moved."""
+_RISE = 0.05
+"""Weight of a new value above the estimate of the noise."""
+_FALL = 0.3
+"""Weight of a new value below it. It is higher, because motion only adds to the noise."""
+
+
+class ChangeMeter:
+    """Decides which patches changed.
+
+    Attributes:
+        noise: Estimated change of each patch between two frames of a still scene, [P].
+        moved: Fraction of the patches that changed since the last full frame.
+    """
+
+    def __init__(self, patches: int) -> None:
+        self._patches = patches
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all frames."""
+        self.noise, self.moved = np.full(self._patches, np.nan, np.float32), 0.0
+        self._before: Array | None = None
+        self._anchor: Array | None = None
+
+    def measure(self, tokens: Array, change: Array) -> Mask:
+        """Return which patches changed since they were last recomputed, [P], and update the noise.
+
+        Args:
+            tokens: Tokens of the frame's patches, [1,P,C].
+            change: Change of each patch since it was last recomputed, [P].
+        """
+        length = np.maximum(np.sqrt(np.einsum("bpc,bpc->p", tokens, tokens)), 1e-6)
+        if self._before is not None:
+            self._follow(_distance(tokens, self._before) / length)
+        self._before = tokens
+        limit = self._limit()
+        if self._anchor is not None:
+            self.moved = float((_distance(tokens, self._anchor) / length > limit).mean())
+        return np.asarray(change > limit)
+
+    def skip(self) -> None:
+        """Forget the last frame, because the next one does not follow it directly."""
+        self._before = None
+
+    def keep(self) -> None:
+        """Compare later frames with this one: it was computed in full."""
+        self._anchor, self.moved = self._before, 0.0
+
+    def move(self, source: Places, known: Mask, positions: Array) -> None:
+        """Move with the view; see `StreamState.move`."""
+        self.noise = np.where(known, self.noise[source], np.nanmedian(self.noise) if self.noise.size else 0)
+        if self._before is not None:
+            self._before = moved_tokens(self._before, source, positions)
+        if self._anchor is not None:
+            self._anchor = moved_tokens(self._anchor, source, positions)
+            self._anchor[0, ~known] = 0
+
+    def _limit(self) -> Array:
+        """Return the change above which each patch counts as changed, [P]."""
+        if np.isnan(self.noise[0]):
+            return np.full(self._patches, CHANGED, np.float32)
+        limit: Array = np.clip(NOISE * np.minimum(self.noise, _SPREAD * np.median(self.noise)), LEAST, CHANGED)
+        return limit
+
+    def _follow(self, change: Array) -> None:
+        """Update the noise with the change between two consecutive frames, [P]."""
+        change = np.nan_to_num(change, nan=1.0, posinf=1.0)
+        if np.isnan(self.noise[0]):
+            self.noise = np.minimum(change, _FIRST)
+            return
+        step = change - self.noise
+        self.noise += np.where(step > 0, _RISE, _FALL) * step
+
+
+def _distance(a: Array, b: Array) -> Array:
+    """Return the distance of each pair of tokens, [1,P,C] x [1,P,C] -> [P]."""
+    difference = a - b
+    return np.asarray(np.sqrt(np.einsum("bpc,bpc->p", difference, difference)))
