@@ -1,9 +1,9 @@
-"""Change of patches between frames, compared with the noise of each patch.
+"""Change of patches between frames.
 
 The change of a patch is the distance between two of its tokens, relative to their length. Which change means something
 depends on the camera, the light and the place: in the dark or in fog a completely different scene changes a token by
 less than the noise of a bright one. So each patch has an estimate of its own noise, from the change between consecutive
-frames.
+frames, and the change since the last full frame counts as far as it exceeds this noise.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.runtime.stream_files import Mask, Places
 from sparsifiner_edge.runtime.stream_state import moved_tokens
 
-NOISE = 2.5
-"""Change above which a patch counts as changed, in multiples of its noise."""
-LEAST = 0.03
+MEDIANS = 3.0
+"""Change since its last recomputation above which a patch counts as changed, in multiples of the median over the frame.
+
+Noise, compression and exposure change all patches alike.
+"""
+LEAST = 0.1
 """Smallest change that counts, so that rounding and compression of a picture without noise do not."""
 CHANGED = 0.5
-"""Change above which a patch counts as changed, whatever its noise."""
-_SPREAD = 2.0
-"""The noise of a patch is at most this multiple of the median, so that what always moves does not become noise."""
+"""Change above which a patch counts as changed, whatever the median."""
+NOISE = 1.2
+"""Change that noise explains, in multiples of its mean."""
 _FIRST = 0.1
 """Highest noise after the first two frames, between which something may have moved."""
 _RISE = 0.05
@@ -31,11 +34,11 @@ _FALL = 0.3
 
 
 class ChangeMeter:
-    """Decides which patches changed.
+    """Measures change.
 
     Attributes:
         noise: Estimated change of each patch between two frames of a still scene, [P].
-        moved: Fraction of the patches that changed since the last full frame.
+        moved: Change since the last full frame beyond the noise, at most 1 for each patch, as a mean over the patches.
     """
 
     def __init__(self, patches: int) -> None:
@@ -49,7 +52,7 @@ class ChangeMeter:
         self._anchor: Array | None = None
 
     def measure(self, tokens: Array, change: Array) -> Mask:
-        """Return which patches changed since they were last recomputed, [P], and update the noise.
+        """Return which patches changed since they were last recomputed, [P], and update the attributes.
 
         Args:
             tokens: Tokens of the frame's patches, [1,P,C].
@@ -58,11 +61,11 @@ class ChangeMeter:
         length = np.maximum(np.sqrt(np.einsum("bpc,bpc->p", tokens, tokens)), 1e-6)
         if self._before is not None:
             self._follow(_distance(tokens, self._before) / length)
+        if self._anchor is not None and self._before is not None:
+            since = np.nan_to_num(_distance(tokens, self._anchor) / length, nan=1.0, posinf=1.0)
+            self.moved = float(np.sqrt((since**2 - (NOISE * self.noise) ** 2).clip(0, 1)).mean())
         self._before = tokens
-        limit = self._limit()
-        if self._anchor is not None:
-            self.moved = float((_distance(tokens, self._anchor) / length > limit).mean())
-        return np.asarray(change > limit)
+        return np.asarray(change > np.clip(MEDIANS * np.median(change), LEAST, CHANGED))
 
     def skip(self) -> None:
         """Forget the last frame, because the next one does not follow it directly."""
@@ -74,19 +77,13 @@ class ChangeMeter:
 
     def move(self, source: Places, known: Mask, positions: Array) -> None:
         """Move with the view; see `StreamState.move`."""
-        self.noise = np.where(known, self.noise[source], np.nanmedian(self.noise) if self.noise.size else 0)
-        if self._before is not None:
-            self._before = moved_tokens(self._before, source, positions)
+        if self._before is None:
+            return
+        self.noise = np.where(known, self.noise[source], np.nanmedian(self.noise))
+        self._before = moved_tokens(self._before, source, positions)
         if self._anchor is not None:
             self._anchor = moved_tokens(self._anchor, source, positions)
             self._anchor[0, ~known] = 0
-
-    def _limit(self) -> Array:
-        """Return the change above which each patch counts as changed, [P]."""
-        if np.isnan(self.noise[0]):
-            return np.full(self._patches, CHANGED, np.float32)
-        limit: Array = np.clip(NOISE * np.minimum(self.noise, _SPREAD * np.median(self.noise)), LEAST, CHANGED)
-        return limit
 
     def _follow(self, change: Array) -> None:
         """Update the noise with the change between two consecutive frames, [P]."""
