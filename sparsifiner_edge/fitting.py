@@ -16,6 +16,8 @@ Fit: TypeAlias = Literal["crop", "letterbox", "stretch"]
 FITS: tuple[Fit, ...] = get_args(Fit)
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
+Affine: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Map of points (x, y): each row has the factors of x and y, and the offset."""
 BARS = (124, 116, 104)
 """RGB of the bars of "letterbox": ImageNet's mean, which is close to zero after any of the usual normalisations.
 
@@ -33,6 +35,8 @@ class Fitting(msgspec.Struct, frozen=True):
         box: Part of the frame that is read.
         size: Width and height of the model's input.
         inner: Where the box lies in the input; bars surround it.
+        affine: Where the input's points were before a moving view was aligned, in pixels of the input; None if it was
+            not. See `camera.align`.
 
     Example:
         >>> fitted = Framing(224, "letterbox").of(1920, 1080)
@@ -46,11 +50,35 @@ class Fitting(msgspec.Struct, frozen=True):
     box: Box
     size: tuple[int, int]
     inner: Box
+    affine: Affine | None = None
 
     def to_frame(self, x: float, y: float) -> tuple[float, float]:
         """Map a point of the input, in pixels from its corner, to the frame."""
+        if self.affine is not None:
+            x, y = (across * x + down * y + offset for across, down, offset in self.affine)
         (x0, y0, across, down), (column, row, columns, rows) = self.box, self.inner
         return x0 + (x - column) * across / columns, y0 + (y - row) * down / rows
+
+    @property
+    def corners(self) -> list[tuple[float, float]]:
+        """Corners of the part of the frame that was read, clockwise from the upper left one of the input."""
+        x, y, width, height = self.inner
+        points = (x, y), (x + width, y), (x + width, y + height), (x, y + height)
+        return [self.to_frame(*point) for point in points]
+
+    @property
+    def read(self) -> tuple[float, float, float, float]:
+        """Part of the frame that was read, as the smallest box around it."""
+        if self.affine is None:
+            return self.box
+        across, down = zip(*self.corners, strict=True)
+        x, y, right, bottom = min(across), min(down), max(across), max(down)
+        return round(x, 2), round(y, 2), round(right - x, 2), round(bottom - y, 2)
+
+    @property
+    def is_turned(self) -> bool:
+        """True if `read` is not exact, because the view was turned."""
+        return self.affine is not None and self.affine[0][1] != 0
 
     def cut(self, values: Array) -> Array:
         """Return the part of a map [...,h,w] of the input that belongs to the box, without bars."""

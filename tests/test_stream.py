@@ -326,7 +326,7 @@ def test_run_follows_a_video(stream_bundle: Path, tiny_bundle: Path, pictures: P
         assert (
             model.why_whole == "tensorrt does not support streaming inference: the ordinary model runs on every frame"
         )
-        assert model.infer_frame(frames(1)[0]["image"][0])[1] is None
+        assert model.infer_frame(frames(1)[0]["image"][0]).computed is None
     fixed = records_of(process(*command, "--share", "0.125"))
     assert fixed[3]["computed"]["share"] == 0.12
     assert all("computed" not in record for record in records_of(process(*command, "--no-stream")))

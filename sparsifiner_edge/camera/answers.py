@@ -71,7 +71,9 @@ class FrameRecord(Answer, frozen=True):
 
     Attributes:
         source: Source in a form without secrets; see `Source.shown`.
-        box: Part of the frame that the model read: left, top, width and height in pixels.
+        box: Part of the frame that the model read: left, top, width and height in pixels. Fractions if the view was
+            aligned (see `camera.align`), and partly outside the frame if it was moved beyond its border.
+        corners: Corners of that part, clockwise, if the aligned view is turned; then `box` is the box around them.
         frame: Number of the answer, from 0.
         skipped: Frames dropped since the previous answer.
         pts_s: Time in the stream in seconds.
@@ -87,7 +89,7 @@ class FrameRecord(Answer, frozen=True):
     """
 
     source: str
-    box: Box
+    box: tuple[float, float, float, float]
     frame: int
     skipped: int
     pts_s: float | None
@@ -100,6 +102,7 @@ class FrameRecord(Answer, frozen=True):
     end_to_end_ms: float
     frame_age_ms: float | None
     computed: Computed | None = None
+    corners: list[tuple[float, float]] | None = None
 
 
 class ImageRecord(Answer, frozen=True):

@@ -54,10 +54,13 @@ def evaluate_video(
 ) -> StreamResult:
     """Run streaming inference on a video, and compare its outputs with those of the dense model on the same frames.
 
+    If the camera moves, all read the aligned frames (see `camera.align`), so that they answer about the same content.
+
     Args:
         bundle: Bundle exported with --stream.
         video: Video, or a folder of a camera's images in the order of their names.
-        options: Used fields: execution, fit, region, at_least, share, and frames (stop after this many).
+        options: Used fields: execution, fit, region, at_least, share, stabilise, and frames (stop after
+            this many).
         every: Compare one of this many frames; the stream still processes all of them. Values above 1 leave out the
             baselines that hold an answer.
         progress: See `Progress`.
@@ -81,7 +84,7 @@ def evaluate_video(
     require(frames is None or frames >= 1, f"frames is {frames}.", "Give a whole number, at least 1.")
     floor = AT_LEAST if at_least is None and share is None else at_least
     with open_model(Path(bundle), options) as model:
-        model.follow(floor, share)
+        model.follow(floor, share, options.stabilise)
         assert model.stream is not None
         evaluation = _VideoEvaluation(model, model.stream, every)
         for number, image in enumerate(images_of(model, str(video), frames)):
@@ -158,7 +161,7 @@ class _VideoEvaluation:
     def take(self, image: Array) -> None:
         """Process the next frame."""
         began = time.monotonic()
-        outputs, computed = self._model.infer_frame(image)
+        outputs, image, _, computed, _ = self._model.infer_frame(image)
         ms, number = (time.monotonic() - began) * 1e3, self.frames
         assert computed is not None
         self.frames += 1

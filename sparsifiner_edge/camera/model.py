@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
 
-from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.store import Bundle
+from sparsifiner_edge.camera.align import Aligned, Aligner
 from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
-from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.fitting import Box, Fit, Fitting, Framing
 from sparsifiner_edge.metrics import cosine
@@ -26,6 +28,24 @@ _MOST_CHANNELS = 32
 """Most channels of a map without labels; outputs with more channels are features rather than maps."""
 _FOLLOW = 0.05
 """Weight of a new frame in the running mean of the features: it forgets a frame in about twenty."""
+
+
+class Inferred(NamedTuple):
+    """Outputs for a frame.
+
+    Attributes:
+        outputs: Outputs of the model.
+        image: What the model read, uint8 RGB [H,W,3]: the frame, aligned if the camera moves.
+        fitting: Geometry between `image` and the frame, if that of the frame was given.
+        computed: Kind and share of the update; None without streaming inference.
+        motion: What the camera does, one of `align.MOTIONS`; None if that is not looked at.
+    """
+
+    outputs: dict[str, Array]
+    image: Pixels
+    fitting: Fitting | None
+    computed: Computed | None = None
+    motion: str | None = None
 
 
 class Model:
@@ -49,6 +69,7 @@ class Model:
         stream: Streaming inference, once `follow` has started it.
         why_whole: Why the ordinary model runs on every frame although the bundle supports streaming inference;
             otherwise None.
+        why_fixed: Why frames are not aligned although `follow` should; otherwise None.
 
     Raises:
         ConfigError: The bundle takes a fixed batch above 1.
@@ -75,6 +96,8 @@ class Model:
         self._reference: Array | None = None
         self.stream: Stream | None = None
         self.why_whole: str | None = None
+        self.why_fixed: str | None = None
+        self._aligner: Aligner | None = None
         self._answered: tuple[dict[str, Array], list[dict[str, Array]]] = {}, []
         self.session: Session = session_on(bundle, execution)
         try:
@@ -93,15 +116,16 @@ class Model:
         """Return the outputs of the model for one image, uint8 RGB [H,W,3]."""
         return self.session.infer({"image": image[None]})
 
-    def follow(self, at_least: float | None = None, share: float | None = None) -> None:
+    def follow(self, at_least: float | None = None, share: float | None = None, stabilise: bool = True) -> None:
         """Start streaming inference: `infer_frame` then processes consecutive frames and recomputes only what changed.
 
         Does nothing unless the bundle supports it, or one of the arguments requires it. If the backend does not support
-        it, sets `whole` to a message.
+        it, sets `why_whole` to a message.
 
         Args:
             at_least: Target fidelity; see `Session.stream`.
             share: Fixed share of the patches to recompute; see `Session.stream`.
+            stabilise: Whether to align frames when the camera moves; see `camera.align`.
 
         Raises:
             SparsifinerError: An argument is given, and the bundle or the backend does not support streaming inference.
@@ -110,8 +134,20 @@ class Model:
         has = opened is not None and opened[0].manifest.stream is not None
         if at_least is not None or share is not None or (has and backend in ON_PROCESSOR):
             self.stream = self.session.stream(at_least, share)
+            if stabilise:
+                self._align(self.stream)
         elif has:
             self.why_whole = f"{backend} does not support streaming inference: the ordinary model runs on every frame"
+
+    def _align(self, stream: Stream) -> None:
+        """Align frames from now on, or say why not."""
+        if self.framing.fit == "letterbox":
+            self.why_fixed = "frames are not aligned when the camera moves, because of the bars of --fit letterbox"
+            return
+        try:
+            self._aligner = Aligner(height_width(self.framing.size), stream.grid)
+        except MissingExtraError as error:
+            self.why_fixed = f"frames are not aligned when the camera moves: {error.what} {error.fix}"
 
     @property
     def runtime(self) -> Runtime:
@@ -119,21 +155,26 @@ class Model:
         session = self.session.description
         return session if self.stream is None else replace(self.stream.description, chosen=session.chosen)
 
-    def infer_frame(self, image: Array, follows: bool = True) -> tuple[dict[str, Array], Computed | None]:
+    def infer_frame(self, image: Pixels, follows: bool = True, fitting: Fitting | None = None) -> Inferred:
         """Return the outputs for one frame, and what was computed of it.
 
         Args:
             image: The frame, uint8 RGB [H,W,3].
             follows: False if it does not follow the previous frame, which resets the stream.
-
-        Returns:
-            The outputs, and the kind and share of the update; None without streaming inference.
+            fitting: Geometry of the frame.
         """
         if self.stream is None:
-            return self.infer(image), None
+            return Inferred(self.infer(image), image, fitting)
         if not follows:
             self.stream.reset()
-        return self.stream.infer({"image": image[None]}), self.stream.computed
+            if self._aligner is not None:
+                self._aligner.reset()
+        aligned = Aligned(image, None, (0, 0), None) if self._aligner is None else self._aligner.align(image)
+        if fitting is not None and aligned.affine is not None:
+            across, down = ((float(a), float(b), float(c)) for a, b, c in aligned.affine)
+            fitting = replace(fitting, affine=(across, down))
+        outputs = self.stream.infer({"image": aligned.image[None]}, aligned.moved)
+        return Inferred(outputs, aligned.image, fitting, self.stream.computed, aligned.motion)
 
     def answer(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Answer:
         """Return the answer for one image: `top` of a classifier, otherwise `features`, otherwise `maps`.

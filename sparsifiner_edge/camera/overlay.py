@@ -136,25 +136,50 @@ class Overlay:
     def _draw(self, view: Pixels, answered: Answered, lines: list[str], heats: list[Array]) -> Pixels:
         """Return the frame with maps, tints and text drawn into it."""
         fitting = answered.fitting
-        image, box = Image.fromarray(view).resize(self._size), _box_in(fitting, self._size)
-        size = box[2] - box[0], box[3] - box[1]
+        image = Image.fromarray(view).resize(self._size)
         if answered.fresh is not None:
-            tint = Image.fromarray((fitting.cut(answered.fresh) * _TINT).astype(np.uint8))
-            image.paste(_FRESH, box[:2], tint.resize(size, Image.Resampling.NEAREST))
+            tint = _placed(fitting.cut(answered.fresh) * _TINT, fitting, self._size, Image.Resampling.NEAREST)
+            image.paste(_FRESH, mask=_as_mask(tint))
         for number, heat in enumerate(heats):
-            values = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+            values = _placed(heat, fitting, self._size, Image.Resampling.BILINEAR)
             mask = np.where(values > self._threshold, values.clip(0, 1) * 170, 0)
-            image.paste(_COLOURS[number % len(_COLOURS)], box[:2], Image.fromarray(mask.astype(np.uint8)))
-        if fitting.box[2:] != fitting.frame:
-            unread = Image.new("L", self._size, _UNREAD)
-            unread.paste(0, box)
-            image.paste((0, 0, 0), mask=unread)
+            image.paste(_COLOURS[number % len(_COLOURS)], mask=_as_mask(mask))
+        if fitting.box[2:] != fitting.frame or fitting.affine is not None:
+            read = _placed(np.ones((1, 1)), fitting, self._size, Image.Resampling.NEAREST)
+            image.paste((0, 0, 0), mask=_as_mask((1 - read) * _UNREAD))
         draw, text, font = ImageDraw.Draw(image, "RGBA"), "\n".join(lines), ImageFont.load_default(_TEXT)
         place = (_MARGIN, _MARGIN)
         _, _, right, bottom = draw.multiline_textbbox(place, text, font)
         draw.rectangle((0, 0, right + _MARGIN, bottom + _MARGIN), (0, 0, 0, 150))
         draw.multiline_text(place, text, (255, 255, 255), font)
         return np.asarray(image)
+
+
+def _placed(values: Array, fitting: Fitting, size: tuple[int, int], resampling: Image.Resampling) -> Array:
+    """Return a map [h,w] of what the model read, where it lies in a frame of this size, [rows,columns]; 0 elsewhere."""
+    picture = Image.fromarray(np.asarray(values, np.float32))
+    if fitting.affine is None:
+        box, placed = _box_in(fitting, size), Image.new("F", size)
+        placed.paste(picture.resize((box[2] - box[0], box[3] - box[1]), resampling), box[:2])
+        return np.asarray(placed)
+    rows, columns = values.shape
+    (x, y), (beside_x, beside_y), _, (below_x, below_y) = fitting.corners
+    # From pixels of the map to pixels of the frame; the transformation needs the inverse.
+    across, down = size[0] / fitting.frame[0], size[1] / fitting.frame[1]
+    forward = np.array(
+        [
+            [(beside_x - x) / columns * across, (below_x - x) / rows * across, x * across],
+            [(beside_y - y) / columns * down, (below_y - y) / rows * down, y * down],
+            [0, 0, 1],
+        ]
+    )
+    back = np.linalg.inv(forward)[:2].reshape(-1)
+    return np.asarray(picture.transform(size, Image.Transform.AFFINE, tuple(back), resampling))
+
+
+def _as_mask(opacity: Array) -> Image.Image:
+    """Return a mask from opacities up to 255, [rows,columns]."""
+    return Image.fromarray(opacity.astype(np.uint8))
 
 
 def _box_in(fitting: Fitting, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -104,7 +104,7 @@ def profile_camera(
     Args:
         bundle: Bundle to measure; uses streaming inference if the bundle supports it.
         video: Video, or a folder of a camera's images.
-        options: Used fields: execution, fit, region, stream, at_least and share.
+        options: Used fields: execution, fit, region, stream, at_least, share and stabilise.
         rate: Frames per second.
         deadline_ms: Deadline from the arrival of a frame to its answer in milliseconds; None for the time until the
             next frame arrives.
@@ -134,7 +134,7 @@ def profile_camera(
     require(0 < seconds <= MOST_SECONDS, f"seconds is {seconds}.", f"Give seconds above 0, at most {MOST_SECONDS:g}.")
     with open_model(Path(bundle), options) as model:
         if options.stream:
-            model.follow(options.at_least, options.share)
+            model.follow(options.at_least, options.share, options.stabilise)
         images = _decode(model, str(video), max(_LEAST_FRAMES, round(seconds * rate)))
         for image in images[:_WARM_UP]:
             model.infer_frame(image)

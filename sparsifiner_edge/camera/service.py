@@ -30,7 +30,7 @@ from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ConfigError, ImageError, SparsifinerError
 from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.files import require_file_path
-from sparsifiner_edge.fitting import Box, Fit
+from sparsifiner_edge.fitting import Box, Fit, Fitting
 from sparsifiner_edge.images import list_images, read_image
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import write_record
@@ -61,6 +61,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
             streaming inference a requirement.
         share: Fixed share of the patches to recompute instead, see `Session.stream`. Setting it makes streaming
             inference a requirement.
+        stabilise: In a stream, align frames when the camera moves, so that content stays on its patches; see
+            `camera.align`.
 
     Example:
         >>> RunOptions(execution=Execution(backend="openvino"), frames=100).top
@@ -81,6 +83,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool = True
     at_least: float | None = None
     share: float | None = None
+    stabilise: bool = True
 
 
 def run(bundle: str | Path, source: str, options: RunOptions | None = None) -> Iterator[Answered]:
@@ -167,6 +170,8 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
             status.event("stream", **write_record(model.stream.description))
         if model.why_whole is not None:
             status.event("warning", reason=model.why_whole)
+        if model.why_fixed is not None:
+            status.event("warning", reason=model.why_fixed)
         status.event("decoding", **(_NOT_CONFINED if parsed.kind == "gst" else write_record(confinement())))
         if not is_video and (chosen := model.session.description.chosen) is not None:
             _print_to_stderr(chosen)
@@ -231,7 +236,7 @@ def _open(bundle: Path, source: Source, options: RunOptions, any_outputs: bool =
     model = open_model(bundle, options, any_outputs)
     if options.stream and source.kind != "images":
         try:
-            model.follow(options.at_least, options.share)
+            model.follow(options.at_least, options.share, options.stabilise)
         except SparsifinerError:
             model.session.close()
             raise
@@ -253,15 +258,18 @@ def _answers(
     if source.kind == "images":
         yield from _of_images(model, Path(source.location), status, stop)
         return
-    previous, reconnects = None, 0
+    previous, reconnects, moves = None, 0, "still"
     with Capture(source, Wanted(model.framing, options.overlay is not None), options.stall_s, status) as capture:
         for frame in frames_of(capture, stop):
             now = status.counts["reconnects"]
-            follows, reconnects = now == reconnects and model.framing.of(frame.width, frame.height) == previous, now
-            answered = _answer(model, source, frame, status, follows)
-            if (fitting := answered.fitting) != previous:
+            fitting = model.framing.of(frame.width, frame.height)
+            follows, reconnects = now == reconnects and fitting == previous, now
+            answered, motion = _answer(model, source, frame, fitting, status, follows)
+            if fitting != previous:
                 status.event("frames", size=fitting.frame, box=fitting.box, says=model.framing.describe(fitting))
-            previous = fitting
+            if motion != moves:
+                status.event("camera", motion=motion)
+            previous, moves = fitting, motion
             status.count_answer(answered.record)
             yield answered
             if status.counts["processed"] == options.frames:
@@ -317,26 +325,31 @@ def frames_of(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
             yield frame
 
 
-def _answer(model: Model, source: Source, frame: Frame, status: Status, follows: bool) -> Answered:
-    """Return the answer for a frame.
+def _answer(
+    model: Model, source: Source, frame: Frame, fitting: Fitting, status: Status, follows: bool
+) -> tuple[Answered, str]:
+    """Return the answer for a frame, and what the camera does.
 
     Args:
         model: Model to run.
         source: Source of the frame.
         frame: The frame.
+        fitting: Its geometry.
         status: Counts values that are NaN or infinite.
         follows: Whether the frame follows the previous one of the same camera.
     """
-    image, fitting = frame.image(model.framing), model.framing.of(frame.width, frame.height)
+    image = frame.image(model.framing)
     began = time.monotonic_ns()
-    outputs, computed = model.infer_frame(image, follows)
+    outputs, image, found, computed, motion = model.infer_frame(image, follows, fitting)
     inferred = time.monotonic_ns()
+    fitting = found or fitting
     answer = model.frame_answer(outputs, fitting)
     status.count("not_finite", answer.not_finite or 0)
     done = time.monotonic_ns()
     record = FrameRecord(
         source=source.shown,
-        box=fitting.box,
+        box=fitting.read,
+        corners=[(round(x, 2), round(y, 2)) for x, y in fitting.corners] if fitting.is_turned else None,
         frame=status.counts["processed"],
         skipped=frame.skipped,
         pts_s=frame.pts_s,
@@ -356,7 +369,8 @@ def _answer(model: Model, source: Source, frame: Frame, status: Status, follows:
         if model.stream is not None and computed is not None and computed.by == "incremental"
         else None
     )
-    return Answered(record.frame, record.end_to_end_ms, image, outputs, record, fitting, frame.whole(), fresh)
+    answered = Answered(record.frame, record.end_to_end_ms, image, outputs, record, fitting, frame.whole(), fresh)
+    return answered, motion or "still"
 
 
 def _ms(began_ns: int, ended_ns: int) -> float:

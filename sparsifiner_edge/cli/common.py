@@ -205,6 +205,13 @@ region_option = click.option(
     metavar="X,Y,WIDTH,HEIGHT",
     help="Read only this part of the image, in pixels from the upper left corner.",
 )
+stabilise_option = click.option(
+    "--stabilise",
+    metavar="on|off",
+    type=click.BOOL,
+    help="Align the frames of a stream when the camera shakes, pans or turns, so that less is computed anew. "
+    "off: always read the same part of the frame.  [default: on]",
+)
 threads_option = click.option(
     "--threads",
     type=click.IntRange(1, MOST_THREADS),

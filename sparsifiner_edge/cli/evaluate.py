@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     type=common.FiniteRange(0, 1, min_open=True),
     help="Recompute a fixed share of the patches in every frame (replaces --at-least).",
 )
+@common.stabilise_option
 @click.option(
     "--every",
     type=click.IntRange(1, MOST_COUNT),
@@ -99,7 +100,7 @@ def command(
     """
     import sparsifiner_edge as se
 
-    of_streams = {name: options.pop(name) for name in ("at_least", "share", "every", "frames")}
+    of_streams = {name: options.pop(name) for name in ("at_least", "share", "stabilise", "every", "frames")}
     if video is not None and data is None:
         _video(subject, video, of_streams, options, as_json, output)
         return
@@ -132,8 +133,9 @@ def _video(
                 f"{parameter.opts[-1]} cannot be combined with --video.",
                 f"Leave out either {parameter.opts[-1]} or --video.",
             )
+    of_streams = {name: value for name, value in of_streams.items() if value is not None}
     settings = common.group({name: options[name] for name in used & options.keys()}, execution=se.Execution)
-    every = of_streams.pop("every") or 1
+    every = of_streams.pop("every", 1)
     with common.progress_bar("frames") as progress:
         stream_options = se.RunOptions(**of_streams, **settings)
         result = se.evaluate_video(subject, video, stream_options, every=every, progress=progress)

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     default=True,
     help="Run the ordinary model on every frame of --video, even if the bundle was exported with --stream.",
 )
+@common.stabilise_option
 @common.fit_option
 @common.region_option
 @common.json_option
@@ -71,7 +72,9 @@ def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any)
     """
     import sparsifiner_edge as se
 
-    of_video = {name: options.pop(name) for name in ("video", "rate", "deadline", "stream", "fit", "region")}
+    of_video = {
+        name: options.pop(name) for name in ("video", "rate", "deadline", "stream", "stabilise", "fit", "region")
+    }
     if of_video["video"] is not None:
         _camera(bundle, of_video, options, as_json, output)
         return
@@ -102,6 +105,8 @@ def _camera(bundle: Path, video: dict[str, Any], options: dict[str, Any], as_jso
     except ValueError:
         raise ConfigError(f"--deadline is {written!r}.", "Give milliseconds, such as 40ms.") from None
     run = {name: video.pop(name) for name in ("stream", "fit", "region")}
+    if (stabilise := video.pop("stabilise")) is not None:
+        run["stabilise"] = stabilise
     timed = {name: value for name in ("seconds",) if (value := options.pop(name)) is not None}
     timed |= {name: value for name, value in video.items() if value is not None}
     with common.progress_bar("decoding") as progress:

@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     type=common.FiniteRange(0, 1, min_open=True),
     help="Recompute a fixed share of the patches in every frame (replaces --at-least).",
 )
+@common.stabilise_option
 @click.option(
     "--require-signature",
     "public_key",
@@ -95,6 +96,8 @@ def command(*, bundle: Path, source: str, metrics: str | None, **options: Any) -
     import sparsifiner_edge as se
     from sparsifiner_edge.camera.health import parse_host_port
 
+    if options["stabilise"] is None:
+        del options["stabilise"]
     address = None if metrics is None else parse_host_port(metrics)
     options = common.group(options, execution=se.Execution)
     summary = se.run_bundle(bundle, source, se.RunOptions(metrics=address, **options))

@@ -179,13 +179,14 @@ class Stream:
         self._release()
         self._calm = STILL
 
-    def infer(self, inputs: Mapping[str, Array], moved: tuple[int, int] = (0, 0)) -> dict[str, Array]:
+    def infer(self, inputs: Mapping[str, Array], moved: tuple[int, int] | None = (0, 0)) -> dict[str, Array]:
         """Return the model's outputs for the next frame. Inputs and outputs are those of `Session.infer`.
 
         Args:
             inputs: Arrays by input name.
             moved: Patches by which the view moved down and to the right since the last frame: what was in row r and
-                column c is now in row r - moved[0] and column c - moved[1]. See `camera.align`, which estimates it.
+                column c is now in row r - moved[0] and column c - moved[1]. None if the view is a new one, which leads
+                to a full frame. See `camera.align`, which estimates it.
 
         Returns:
             Outputs by name.
@@ -201,10 +202,12 @@ class Stream:
             raise
         return outputs
 
-    def _infer(self, image: Array, moved: tuple[int, int]) -> tuple[dict[str, Array], Computed]:
+    def _infer(self, image: Array, moved: tuple[int, int] | None) -> tuple[dict[str, Array], Computed]:
         """Process a frame: choose between an incremental update, a full frame and the fallback."""
         state = self._state
-        if moved != (0, 0):
+        if moved is None:
+            self._change.skip()
+        elif moved != (0, 0):
             if self._positions is None:
                 self._positions = self._sessions.positions()
             self._change.move(*state.move(*moved, self._positions), self._positions)
@@ -214,7 +217,7 @@ class Stream:
         tokens, change = self._sessions.embed(image, state.references)
         change, state.ages = np.nan_to_num(change, nan=1.0, posinf=1.0), state.ages + 1
         changed = self._change.measure(tokens[:, state.shape.prefix :], change)
-        if not self._cached and self._calm == STILL:
+        if (not self._cached and self._calm == STILL) or (self._cached and moved is None):
             return self._full_frame(image, tokens)
         if self._cached and changed.mean() > MOVING:
             self._release()

@@ -78,10 +78,11 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         try:
             image = self._image(buffer)
             begun = time.monotonic()
-            outputs, _ = self._model.infer_frame(image, follows=not buffer.has_flags(Gst.BufferFlags.DISCONT))
-            elapsed_ms = (time.monotonic() - begun) * 1e3
             fitting = self._model.framing.of(self._info.width, self._info.height)
-            self._post(buffer, self._model.frame_answer(outputs, fitting), elapsed_ms)
+            follows = not buffer.has_flags(Gst.BufferFlags.DISCONT)
+            inferred = self._model.infer_frame(image, follows, fitting)
+            elapsed_ms = (time.monotonic() - begun) * 1e3
+            self._post(buffer, self._model.frame_answer(inferred.outputs, inferred.fitting), elapsed_ms)
         except Exception as error:  # The Python binding would discard the exception.
             self._fail(str(error))
             return Gst.FlowReturn.ERROR
