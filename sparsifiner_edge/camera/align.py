@@ -149,7 +149,7 @@ class Aligner:
 
     def _reads(self) -> Affine:
         """Return the map from what the model reads to the frame, in pixels from the centre of the first one."""
-        affine = self._view.copy()
+        affine: Affine = self._view.copy()
         affine[:, 2] += self._view[:, :2] @ (self._offset * self._patch)
         return affine
 
