@@ -16,7 +16,8 @@ three parts::
 
 A full frame that follows an update in the same frame measures the error of that update, and corrects `scale` and
 `rate`. After the first frame `rate` is high, so that the first events in a scene cause full frames, which show how much
-an event changes there.
+an event changes there. If they show little, `rate` falls, but no further than what allows `TRUSTED` times as much
+change: an empty background may keep its state up to some amount of change and then lose it at once.
 """
 
 from __future__ import annotations
@@ -45,16 +46,23 @@ LEAST_RATE = 0.02
 """Lower bound of the rate."""
 SAFETY = 1.5
 """Factor by which the rate exceeds the measured one."""
-DECAY = 0.25
+DECAY = 0.5
 """Least factor by which one full frame may lower the rate."""
+TRUSTED = 2.0
+"""Change that is allowed without a full frame, as a multiple of the change at which the last one found little error."""
 FEW = 0.005
 """Fraction of moved patches below which they cannot explain a measured error, so that the scale is corrected."""
 
 
 class ErrorEstimate:
-    """Estimate of the error, with what was learned from the frames of a scene."""
+    """Estimate of the error, with what was learned from the frames of a scene.
 
-    def __init__(self) -> None:
+    Args:
+        allowed: Error that a frame may have.
+    """
+
+    def __init__(self, allowed: float) -> None:
+        self._allowed = allowed
         self.reset()
 
     def reset(self) -> None:
@@ -82,18 +90,18 @@ class ErrorEstimate:
             if values.size:
                 self._drift[kind] += (1 - _FORGET) * (float(values.mean()) - self._drift[kind])
 
-    def correct(self, measured: float, usual: float, moved: float, exceeded: bool) -> None:
+    def correct(self, measured: float, usual: float, moved: float) -> None:
         """Correct the estimate of an update by its measured error.
 
         Args:
             measured: Measured error.
             usual: What `usual` gave.
             moved: Fraction of the patches that changed since the previous full frame.
-            exceeded: Whether the error was higher than allowed.
         """
         if moved >= FEW:
             rate = SAFETY * max(0.0, measured - usual) / moved
-            self._rate = float(np.clip(max(rate, DECAY * self._rate), LEAST_RATE, MOST_RATE))
+            least = max(DECAY * self._rate, min(self._rate, self._allowed / (TRUSTED * moved)))
+            self._rate = float(np.clip(max(rate, least), LEAST_RATE, MOST_RATE))
         if max(measured, usual) > _TOO_LITTLE and (moved < FEW or measured < usual):
-            factor = float(np.clip(measured / max(usual, _TOO_LITTLE), *_TIMES)) ** (1.0 if exceeded else _DAMPING)
+            factor = float(np.clip(measured / max(usual, _TOO_LITTLE), *_TIMES)) ** (1.0 if measured > self._allowed else _DAMPING)
             self._scale = float(np.clip(self._scale * factor, *_SCALES))

@@ -132,7 +132,7 @@ class Stream:
         # Error that a frame may have. With a fixed share there is no limit.
         self._allowed = math.inf if share is not None else 1 - at_least
         self._share = share
-        self._change, self._estimate = ChangeMeter(sessions.shape.patches), ErrorEstimate()
+        self._change, self._estimate = ChangeMeter(sessions.shape.patches), ErrorEstimate(self._allowed)
         self._positions: Array | None = None
         # Validity of the state, calm frames in a row, frames without a look at the change, updates since the last full
         # frame, updates before a check, and full frames in a row that found too high an error.
@@ -318,7 +318,7 @@ class Stream:
             measured = float((1 - cosine(before, state.final[0, prefix:])).mean())
             exceeded = not measured <= self._allowed
             if math.isfinite(measured):
-                self._estimate.correct(measured, usual, moved, exceeded)
+                self._estimate.correct(measured, usual, moved)
             self._failures = self._failures + 1 if exceeded else 0
             self._check = FIRST_CHECK if exceeded else min(4 * self._check, LAST_CHECK)
         self._cached, self._steps = True, 0

@@ -1,4 +1,4 @@
-"""What a stream keeps between frames, and how it moves with the view of a camera.
+"""State that a stream keeps between frames, and its motion with the view of a camera.
 
 Shapes are as in `stream_files`.
 """
