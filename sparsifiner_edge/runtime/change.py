@@ -28,7 +28,7 @@ NOISE = 1.2
 _FIRST = 0.1
 """Highest noise after the first two frames, between which something may have moved."""
 _RISE = 0.05
-"""Weight of a new value above the estimate of the noise."""
+"""Weight of a new value above the estimate of the noise; the first values have the same weight each."""
 _FALL = 0.3
 """Weight of a new value below it. It is higher, because motion only adds to the noise."""
 
@@ -50,6 +50,7 @@ class ChangeMeter:
         self.noise, self.moved = np.full(self._patches, np.nan, np.float32), 0.0
         self._before: Array | None = None
         self._anchor: Array | None = None
+        self._most, self._seen = np.zeros(self._patches, np.float32), 0
 
     def measure(self, tokens: Array, change: Array) -> Mask:
         """Return which patches changed since they were last recomputed, [P], and update the attributes.
@@ -63,7 +64,8 @@ class ChangeMeter:
             self._follow(_distance(tokens, self._before) / length)
         if self._anchor is not None and self._before is not None:
             since = np.nan_to_num(_distance(tokens, self._anchor) / length, nan=1.0, posinf=1.0)
-            self.moved = float(np.sqrt((since**2 - (NOISE * self.noise) ** 2).clip(0, 1)).mean())
+            self._most = np.maximum(self._most, np.sqrt((since**2 - (NOISE * self.noise) ** 2).clip(0, 1)))
+            self.moved = float(self._most.mean())
         self._before = tokens
         return np.asarray(change > np.clip(MEDIANS * np.median(change), LEAST, CHANGED))
 
@@ -73,7 +75,7 @@ class ChangeMeter:
 
     def keep(self) -> None:
         """Compare later frames with this one: it was computed in full."""
-        self._anchor, self.moved = self._before, 0.0
+        self._anchor, self.moved, self._most = self._before, 0.0, np.zeros(self._patches, np.float32)
 
     def move(self, source: Places, known: Mask, positions: Array) -> None:
         """Move with the view; see `StreamState.move`."""
@@ -84,15 +86,17 @@ class ChangeMeter:
         if self._anchor is not None:
             self._anchor = moved_tokens(self._anchor, source, positions)
             self._anchor[0, ~known] = 0
+            self._most = np.where(known, self._most[source], 0)
 
     def _follow(self, change: Array) -> None:
         """Update the noise with the change between two consecutive frames, [P]."""
         change = np.nan_to_num(change, nan=1.0, posinf=1.0)
         if np.isnan(self.noise[0]):
-            self.noise = np.minimum(change, _FIRST)
+            self.noise, self._seen = np.minimum(change, _FIRST), 1
             return
+        self._seen += 1
         step = change - self.noise
-        self.noise += np.where(step > 0, _RISE, _FALL) * step
+        self.noise += np.where(step > 0, max(_RISE, 1 / self._seen), _FALL) * step
 
 
 def _distance(a: Array, b: Array) -> Array:

@@ -46,10 +46,14 @@ LEAST_RATE = 0.02
 """Lower bound of the rate."""
 SAFETY = 1.5
 """Factor by which the rate exceeds the measured one."""
-DECAY = 0.5
-"""Least factor by which one full frame may lower the rate."""
 TRUSTED = 2.0
-"""Change that is allowed without a full frame, as a multiple of the change at which the last one found little error."""
+"""Change that is allowed without a full frame, as a multiple of the change at which the last one found little error.
+
+It is also the most by which one full frame may lower the rate. In a scene where events were missed before, its root is
+taken: the second after one miss, the third after two.
+"""
+FORGIVE = 0.95
+"""Factor of the number of misses after each full frame that finds little error."""
 FEW = 0.005
 """Fraction of moved patches below which they cannot explain a measured error, so that the scale is corrected."""
 
@@ -67,8 +71,13 @@ class ErrorEstimate:
 
     def reset(self) -> None:
         """Forget everything, as before the first frame of a scene."""
+        self._rate, self._misses = RATE, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what holds for one scene only; what events changed in earlier ones stays known."""
         # Drift of unchanged and of changed patches (0.5: a cautious guess).
-        self._drift, self._scale, self._rate = [0.0, 0.5], SCALE, RATE
+        self._drift, self._scale, self._rate = [0.0, 0.5], SCALE, max(self._rate, RATE)
 
     def usual(self, wait: float, missed: float) -> float:
         """Return the error without that of events.
@@ -100,7 +109,9 @@ class ErrorEstimate:
         """
         if moved >= FEW:
             rate = SAFETY * max(0.0, measured - usual) / moved
-            least = max(DECAY * self._rate, min(self._rate, self._allowed / (TRUSTED * moved)))
+            self._misses = self._misses + 1 if measured > self._allowed else FORGIVE * self._misses
+            trusted = TRUSTED ** (1 / (1 + self._misses))
+            least = max(self._rate / trusted, min(self._rate, self._allowed / (trusted * moved)))
             self._rate = float(np.clip(max(rate, least), LEAST_RATE, MOST_RATE))
         if max(measured, usual) > _TOO_LITTLE and (moved < FEW or measured < usual):
             factor = float(np.clip(measured / max(usual, _TOO_LITTLE), *_TIMES)) ** (1.0 if measured > self._allowed else _DAMPING)

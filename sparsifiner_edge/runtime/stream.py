@@ -176,6 +176,7 @@ class Stream:
     def reset(self) -> None:
         """Forget all frames, as if the next one were the first."""
         self._change.reset()
+        self._estimate.reset()
         self._release()
         self._calm = STILL
 
@@ -237,7 +238,7 @@ class Stream:
     def _release(self) -> None:
         """Keep nothing: the next frames are a fallback until the scene is calm."""
         self._cached, self._calm, self._pause, self._steps, self._check, self._failures = False, 0, 0, 0, FIRST_CHECK, 0
-        self._estimate.reset()
+        self._estimate.restart()
 
     def _choose(self, change: Array, share: float) -> Places:
         """Return the ascending indices of the patches to compute in a step.
