@@ -83,6 +83,12 @@ The unchanged patches among them show how far the others have drifted, because t
 """
 _CHANGE_FLOOR = 1e-3
 """Constant added to the change of each patch, so that patches without any change are chosen by their age."""
+SUMMARY_RATE = 0.4
+"""Error per drift of the final prefix tokens since the last full frame.
+
+Each step computes the prefix tokens. They summarise the image, so they drift when the scene changes as a whole while its
+patches keep each other in the old state, for instance because something left an empty scene.
+"""
 _STEPS = 2
 """Maximum number of steps in a frame. If the error is still too high, a full frame is computed instead."""
 
@@ -134,6 +140,7 @@ class Stream:
         self._share = share
         self._change, self._estimate = ChangeMeter(sessions.shape.patches), ErrorEstimate(self._allowed)
         self._positions: Array | None = None
+        self._summary = np.zeros(0, np.float32)  # Final prefix tokens of the last full frame.
         # Validity of the state, calm frames in a row, frames without a look at the change, updates since the last full
         # frame, updates before a check, and full frames in a row that found too high an error.
         self._cached, self._calm, self._pause, self._steps, self._check, self._failures = False, 0, 0, 0, 0, 0
@@ -270,6 +277,11 @@ class Stream:
         )
         return next(fits, SHARES[-1])
 
+    def _summary_drift(self) -> float:
+        """Return the drift of the final prefix tokens since the last full frame; 0 for a model without such tokens."""
+        prefix = self._state.shape.prefix
+        return float((1 - cosine(self._state.final[0, :prefix], self._summary)).mean()) if prefix else 0.0
+
     def _update(self, image: Array, tokens: Array, change: Array, changed: Mask) -> tuple[dict[str, Array], Computed]:
         """Compute an incremental update, or a full frame if its error may be higher than allowed or a check is due.
 
@@ -294,6 +306,7 @@ class Stream:
                 return self._full_frame(image, tokens)
             self._estimate.follow(drift[~moved], drift[moved])
             usual = self._usual(total, float(changed.mean()))
+            event = max(event, SUMMARY_RATE * self._summary_drift())
             if usual + event <= self._allowed or event > self._allowed or share == SHARES[-1]:
                 break
         error = min(1.0, usual + event)
@@ -315,6 +328,7 @@ class Stream:
         before, moved = state.final[0, prefix:].copy(), self._change.moved
         outputs = state.step(self._sessions.run, image, tokens, None)
         self._change.keep()
+        self._summary = state.final[0, :prefix].copy()
         if usual is not None:
             measured = float((1 - cosine(before, state.final[0, prefix:])).mean())
             exceeded = not measured <= self._allowed
