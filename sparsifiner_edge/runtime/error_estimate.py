@@ -114,5 +114,7 @@ class ErrorEstimate:
             least = max(self._rate / trusted, min(self._rate, self._allowed / (trusted * moved)))
             self._rate = float(np.clip(max(rate, least), LEAST_RATE, MOST_RATE))
         if max(measured, usual) > _TOO_LITTLE and (moved < FEW or measured < usual):
-            factor = float(np.clip(measured / max(usual, _TOO_LITTLE), *_TIMES)) ** (1.0 if measured > self._allowed else _DAMPING)
+            factor = float(np.clip(measured / max(usual, _TOO_LITTLE), *_TIMES)) ** (
+                1.0 if measured > self._allowed else _DAMPING
+            )
             self._scale = float(np.clip(self._scale * factor, *_SCALES))

@@ -163,7 +163,7 @@ class Session(abc.ABC):
             >>> with open_session("streaming") as session:
             ...     stream = session.stream()
             ...     for number in range(3):
-            ...         outputs = stream.infer({"image": np.full((1, 160, 160, 3), 100 + number // 2, np.uint8)})
+            ...         outputs = stream.infer({"image": np.full((1, 160, 160, 3), 100, np.uint8)})
             >>> stream.computed.by
             'incremental'
         """

@@ -65,7 +65,7 @@ It is lower than `MOVING`, so that the stream does not switch back and forth.
 STILL = 2
 """Number of consecutive calm frames before tokens are kept again, so that a short pause of the motion is not enough."""
 PAUSE = 4
-"""Number of frames that the full model answers without a look at the change, after one that was not calm."""
+"""Number of frames that the full model answers without a look at the change, after one that moved as well."""
 HOPELESS = 2
 """Number of full frames in a row that find a higher error than allowed, after which the scene counts as moving."""
 FIRST_CHECK = 8
@@ -229,15 +229,15 @@ class Stream:
             return self._full_frame(image, tokens)
         if self._cached and changed.mean() > MOVING:
             self._release()
+        elif not self._cached and changed.mean() <= REST:
+            self._calm += 1
         elif not self._cached:
-            self._calm = self._calm + 1 if changed.mean() <= REST else 0
+            self._calm, self._pause = 0, PAUSE
+            self._change.skip()
         if self._cached:
             return self._update(image, tokens, change, changed)
         if self._calm == STILL:
             return self._full_frame(image, tokens)
-        if not self._calm:
-            self._pause = PAUSE
-            self._change.skip()
         # With these references, the next frame measures its change from this one.
         state.references[:], state.ages[:] = tokens[:, state.shape.prefix :], 0
         return self._model.infer({"image": image}), Computed("fallback", 1.0, 0)

@@ -38,7 +38,7 @@ def test_a_stream_is_evaluated_by_a_video(stream_bundle: Path, tiny_bundle: Path
     stream, held = (result["statistics"][way] for way in ("stream", "hold every 16th"))
     assert 0.98 < stream["patches"] <= 1
     assert stream["moving"] > held["moving"]  # Held answers are wrong where something moves.
-    assert stream["share"] < 0.5
+    assert stream["share"] < 0.8  # Each of the first events causes a full frame.
     alone = result["statistics"]["every frame by the model"]
     assert alone["features"] == pytest.approx(result["statistics"]["stream"]["features"], abs=0.05)
     for language in ("en", "ja"):
