@@ -20,7 +20,7 @@ from sparsifiner_edge.errors import MissingExtraError
 Affine = npt.NDArray[np.float64]
 """Map of points (x, y), [2,3]: the last column is the offset."""
 MOTIONS = ("still", "shaking", "moving", "too fast")
-"""What the camera does, as far as the aligner can tell.
+"""Motion of the camera, as far as the aligner can tell.
 
 "too fast" means that the motion of the last frames was not found: the view jumped, or the picture is blurred.
 """

@@ -86,8 +86,8 @@ _CHANGE_FLOOR = 1e-3
 SUMMARY_RATE = 0.4
 """Error per drift of the final prefix tokens since the last full frame.
 
-Each step computes the prefix tokens. They summarise the image, so they drift when the scene changes as a whole while its
-patches keep each other in the old state, for instance because something left an empty scene.
+Each step computes the prefix tokens. They summarise the image, so they drift when the scene changes as a whole while
+its patches keep each other in the old state, for instance because something left an empty scene.
 """
 _STEPS = 2
 """Maximum number of steps in a frame. If the error is still too high, a full frame is computed instead."""
