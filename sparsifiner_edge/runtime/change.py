@@ -25,6 +25,11 @@ CHANGED = 0.5
 """Change above which a patch counts as changed, whatever the median."""
 NOISE = 1.2
 """Change that noise explains, in multiples of its mean."""
+EMPTY = 3.0
+"""Standard deviation of the brightness in a patch, of 255, below which the patch is empty: a wall, a sky, fog.
+
+Pairs of pixels are averaged before, so that the noise of a camera in the dark hardly counts.
+"""
 _FIRST = 0.1
 """Highest noise after the first two frames, between which something may have moved."""
 _RISE = 0.05
@@ -39,15 +44,20 @@ class ChangeMeter:
     Attributes:
         noise: Estimated change of each patch between two frames of a still scene, [P].
         moved: Change since the last full frame beyond the noise, at most 1 for each patch, as a mean over the patches.
+        empty: Fraction of the patches that were empty in the last full frame.
+
+    Args:
+        grid: Rows and columns of patches.
     """
 
-    def __init__(self, patches: int) -> None:
-        self._patches = patches
+    def __init__(self, grid: tuple[int, int]) -> None:
+        self._grid, self._patches = grid, grid[0] * grid[1]
         self.reset()
 
     def reset(self) -> None:
         """Forget all frames."""
         self.noise, self.moved = np.full(self._patches, np.nan, np.float32), 0.0
+        self.empty = 0.0
         self._before: Array | None = None
         self._anchor: Array | None = None
         self._most, self._seen = np.zeros(self._patches, np.float32), 0
@@ -73,8 +83,9 @@ class ChangeMeter:
         """Forget the last frame, because the next one does not follow it directly."""
         self._before = None
 
-    def keep(self) -> None:
-        """Compare later frames with this one: it was computed in full."""
+    def keep(self, image: Array) -> None:
+        """Compare later frames with this one, uint8 [1,H,W,3]: it was computed in full."""
+        self.empty = float((_contrast(image[0], self._grid) < EMPTY).mean())
         self._anchor, self.moved, self._most = self._before, 0.0, np.zeros(self._patches, np.float32)
 
     def move(self, source: Places, known: Mask, positions: Array) -> None:
@@ -97,6 +108,15 @@ class ChangeMeter:
         self._seen += 1
         step = change - self.noise
         self.noise += np.where(step > 0, max(_RISE, 1 / self._seen), _FALL) * step
+
+
+def _contrast(image: Array, grid: tuple[int, int]) -> Array:
+    """Return the standard deviation of the brightness of each patch without noise, uint8 [H,W,3] -> [P]."""
+    height, width = (pixels // patches for pixels, patches in zip(image.shape, grid, strict=False))
+    patches = image.mean(-1, dtype=np.float32).reshape(grid[0], height, grid[1], width)
+    patches = patches[:, : height // 2 * 2, :, : width // 2 * 2]
+    pairs = patches.reshape(grid[0], height // 2, 2, grid[1], width // 2, 2).mean((2, 5))
+    return np.asarray(pairs.std((1, 3)).reshape(-1))
 
 
 def _distance(a: Array, b: Array) -> Array:

@@ -52,6 +52,8 @@ TRUSTED = 2.0
 It is also the most by which one full frame may lower the rate. In a scene where events were missed before, its root is
 taken: the second after one miss, the third after two.
 """
+EMPTY_POWER = 2
+"""Exponent of the fraction of empty patches, by which the rate is at least `RATE`."""
 FORGIVE = 0.95
 """Factor of the number of misses after each full frame that finds little error."""
 FEW = 0.005
@@ -89,9 +91,18 @@ class ErrorEstimate:
         unchanged, changed = self._drift
         return self._scale * unchanged * wait + missed * changed
 
-    def event(self, moved: float) -> float:
-        """Return the error if this fraction of the patches changed since the last full frame."""
-        return self._rate * moved
+    def event(self, moved: float, empty: float) -> float:
+        """Return the error of events.
+
+        Args:
+            moved: Fraction of the patches that changed since the last full frame.
+            empty: Fraction of the patches that are empty.
+        """
+        return max(self._rate * moved, self.in_empty(moved, empty))
+
+    def in_empty(self, moved: float, empty: float) -> float:
+        """Return the error of events that has to be assumed whatever was measured; see `event`."""
+        return RATE * empty**EMPTY_POWER * moved
 
     def follow(self, unchanged: Array, changed: Array) -> None:
         """Update the drift with the errors of tokens before their recomputation."""

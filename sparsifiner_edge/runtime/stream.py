@@ -138,7 +138,7 @@ class Stream:
         # Error that a frame may have. With a fixed share there is no limit.
         self._allowed = math.inf if share is not None else 1 - at_least
         self._share = share
-        self._change, self._estimate = ChangeMeter(sessions.shape.patches), ErrorEstimate(self._allowed)
+        self._change, self._estimate = ChangeMeter(sessions.shape.grid), ErrorEstimate(self._allowed)
         self._positions: Array | None = None
         self._summary = np.zeros(0, np.float32)  # Final prefix tokens of the last full frame.
         # Validity of the state, calm frames in a row, frames without a look at the change, updates since the last full
@@ -292,7 +292,9 @@ class Stream:
             changed: True for each patch that changed, [P]; modified in place.
         """
         state, total, usual = self._state, 0.0, 0.0
-        event = self._estimate.event(self._change.moved)
+        if self._estimate.in_empty(self._change.moved, self._change.empty) > self._allowed:
+            return self._full_frame(image, tokens)
+        event = self._estimate.event(self._change.moved, self._change.empty)
         for _ in range(_STEPS):
             share = self._share or self._least_share(float(changed.mean()))
             chosen = self._choose(change, share)
@@ -327,7 +329,7 @@ class Stream:
         state, prefix = self._state, self._state.shape.prefix
         before, moved = state.final[0, prefix:].copy(), self._change.moved
         outputs = state.step(self._sessions.run, image, tokens, None)
-        self._change.keep()
+        self._change.keep(image)
         self._summary = state.final[0, :prefix].copy()
         if usual is not None:
             measured = float((1 - cosine(before, state.final[0, prefix:])).mean())
