@@ -23,8 +23,9 @@ LEAST = 0.1
 """Smallest change that counts, so that rounding and compression of a picture without noise do not."""
 CHANGED = 0.5
 """Change above which a patch counts as changed, whatever the median."""
-NOISE = 1.2
-"""Change that noise explains, in multiples of its mean."""
+SIGNIFICANT = 1.75
+"""Change that noise does not explain, in multiples of its mean."""
+SWEEP = True
 EMPTY = 3.0
 """Standard deviation of the brightness in a patch, of 255, below which the patch is empty: a wall, a sky, fog.
 
@@ -74,7 +75,8 @@ class ChangeMeter:
             self._follow(_distance(tokens, self._before) / length)
         if self._anchor is not None and self._before is not None:
             since = np.nan_to_num(_distance(tokens, self._anchor) / length, nan=1.0, posinf=1.0)
-            self._most = np.maximum(self._most, np.sqrt((since**2 - (NOISE * self.noise) ** 2).clip(0, 1)))
+            excess = np.where(since > SIGNIFICANT * self.noise, np.sqrt((since**2 - self.noise**2).clip(0, 1)), 0)
+            self._most = np.maximum(self._most, excess) if SWEEP else excess
             self.moved = float(self._most.mean())
         self._before = tokens
         return np.asarray(change > np.clip(MEDIANS * np.median(change), LEAST, CHANGED))

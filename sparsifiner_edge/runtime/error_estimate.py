@@ -52,6 +52,7 @@ TRUSTED = 2.0
 It is also the most by which one full frame may lower the rate. In a scene where events were missed before, its root is
 taken: the second after one miss, the third after two.
 """
+EMPTY_RATE = 20.0
 EMPTY_POWER = 2
 """Exponent of the fraction of empty patches, by which the rate is at least `RATE`."""
 FORGIVE = 0.95
@@ -102,7 +103,7 @@ class ErrorEstimate:
 
     def in_empty(self, moved: float, empty: float) -> float:
         """Return the error of events that has to be assumed whatever was measured; see `event`."""
-        return RATE * empty**EMPTY_POWER * moved
+        return EMPTY_RATE * empty**EMPTY_POWER * moved
 
     def follow(self, unchanged: Array, changed: Array) -> None:
         """Update the drift with the errors of tokens before their recomputation."""
