@@ -3,7 +3,8 @@
 The change of a patch is the distance between two of its tokens, relative to their length. Which change means something
 depends on the camera, the light and the place: in the dark or in fog a completely different scene changes a token by
 less than the noise of a bright one. So each patch has an estimate of its own noise, from the change between consecutive
-frames, and the change since the last full frame counts as far as it exceeds this noise.
+frames. The change since the last full frame counts if it exceeds this noise clearly, so that the change of a still
+scene is exactly 0.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ LEAST = 0.1
 CHANGED = 0.5
 """Change above which a patch counts as changed, whatever the median."""
 SIGNIFICANT = 1.75
-"""Change that noise does not explain, in multiples of its mean."""
-SWEEP = True
+"""Smallest change that noise does not explain, in multiples of its mean. In a still scene no patch reaches it."""
 EMPTY = 3.0
 """Standard deviation of the brightness in a patch, of 255, below which the patch is empty: a wall, a sky, fog.
 
@@ -44,7 +44,8 @@ class ChangeMeter:
 
     Attributes:
         noise: Estimated change of each patch between two frames of a still scene, [P].
-        moved: Change since the last full frame beyond the noise, at most 1 for each patch, as a mean over the patches.
+        moved: Change since the last full frame that noise does not explain, at most 1 for each patch, as a mean over
+            the patches.
         empty: Fraction of the patches that were empty in the last full frame.
 
     Args:
@@ -61,7 +62,7 @@ class ChangeMeter:
         self.empty = 0.0
         self._before: Array | None = None
         self._anchor: Array | None = None
-        self._most, self._seen = np.zeros(self._patches, np.float32), 0
+        self._seen = 0
 
     def measure(self, tokens: Array, change: Array) -> Mask:
         """Return which patches changed since they were last recomputed, [P], and update the attributes.
@@ -75,9 +76,8 @@ class ChangeMeter:
             self._follow(_distance(tokens, self._before) / length)
         if self._anchor is not None and self._before is not None:
             since = np.nan_to_num(_distance(tokens, self._anchor) / length, nan=1.0, posinf=1.0)
-            excess = np.where(since > SIGNIFICANT * self.noise, np.sqrt((since**2 - self.noise**2).clip(0, 1)), 0)
-            self._most = np.maximum(self._most, excess) if SWEEP else excess
-            self.moved = float(self._most.mean())
+            excess = np.sqrt((since**2 - self.noise**2).clip(0, 1))
+            self.moved = float(np.where(since > SIGNIFICANT * self.noise, excess, 0).mean())
         self._before = tokens
         return np.asarray(change > np.clip(MEDIANS * np.median(change), LEAST, CHANGED))
 
@@ -88,18 +88,18 @@ class ChangeMeter:
     def keep(self, image: Array) -> None:
         """Compare later frames with this one, uint8 [1,H,W,3]: it was computed in full."""
         self.empty = float((_contrast(image[0], self._grid) < EMPTY).mean())
-        self._anchor, self.moved, self._most = self._before, 0.0, np.zeros(self._patches, np.float32)
+        self._anchor, self.moved = self._before, 0.0
 
     def move(self, source: Places, known: Mask, positions: Array) -> None:
         """Move with the view; see `StreamState.move`."""
         if self._before is None:
             return
-        self.noise = np.where(known, self.noise[source], np.nanmedian(self.noise))
+        if not np.isnan(self.noise[0]):
+            self.noise = np.where(known, self.noise[source], np.median(self.noise))
         self._before = moved_tokens(self._before, source, positions)
         if self._anchor is not None:
             self._anchor = moved_tokens(self._anchor, source, positions)
             self._anchor[0, ~known] = 0
-            self._most = np.where(known, self._most[source], 0)
 
     def _follow(self, change: Array) -> None:
         """Update the noise with the change between two consecutive frames, [P]."""

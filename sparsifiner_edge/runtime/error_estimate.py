@@ -10,14 +10,17 @@ three parts::
 - `wait` is the number of frames that a patch waits for its recomputation: the inverse of the share, but at most the
   number of updates since the last full frame.
 - `missed` is the fraction of patches that changed and were not recomputed.
-- `moved` is the fraction of patches that changed since the last full frame. Tokens of an empty background take their
-  meaning from the whole image. They keep each other in the old state when something enters, so that those computed anew
-  do not tell.
+- `moved` is the fraction of patches that changed since the last full frame.
+
+Tokens of an empty background (a wall, a sky, fog) take their meaning from the whole image. They keep each other in the
+old state when something enters, so that those computed anew do not tell, and a few patches that change can change all.
+So the rate is at least `EMPTY_RATE` times the square of the fraction of empty patches. The drift of the final prefix
+tokens is a second sign of such events (`SUMMARY_RATE` in `runtime.stream`).
 
 A full frame that follows an update in the same frame measures the error of that update, and corrects `scale` and
 `rate`. After the first frame `rate` is high, so that the first events in a scene cause full frames, which show how much
 an event changes there. If they show little, `rate` falls, but no further than what allows `TRUSTED` times as much
-change: an empty background may keep its state up to some amount of change and then lose it at once.
+change, because the effect of an event can start suddenly.
 """
 
 from __future__ import annotations
@@ -52,9 +55,11 @@ TRUSTED = 2.0
 It is also the most by which one full frame may lower the rate. In a scene where events were missed before, its root is
 taken: the second after one miss, the third after two.
 """
-EMPTY_RATE = 20.0
-EMPTY_POWER = 2
-"""Exponent of the fraction of empty patches, by which the rate is at least `RATE`."""
+EMPTY_RATE = 100.0
+"""Least rate if all patches are empty, so that a change of a third of one patch in a thousand causes a full frame.
+
+It falls with the square of the fraction of empty patches.
+"""
 FORGIVE = 0.95
 """Factor of the number of misses after each full frame that finds little error."""
 FEW = 0.005
@@ -103,7 +108,7 @@ class ErrorEstimate:
 
     def in_empty(self, moved: float, empty: float) -> float:
         """Return the error of events that has to be assumed whatever was measured; see `event`."""
-        return EMPTY_RATE * empty**EMPTY_POWER * moved
+        return EMPTY_RATE * empty**2 * moved
 
     def follow(self, unchanged: Array, changed: Array) -> None:
         """Update the drift with the errors of tokens before their recomputation."""
