@@ -74,7 +74,7 @@ class ChangeMeter:
         length = np.maximum(np.sqrt(np.einsum("bpc,bpc->p", tokens, tokens)), 1e-6)
         if self._before is not None:
             self._follow(_distance(tokens, self._before) / length)
-        if self._anchor is not None and self._before is not None:
+        if self._anchor is not None and not np.isnan(self.noise[0]):
             since = np.nan_to_num(_distance(tokens, self._anchor) / length, nan=1.0, posinf=1.0)
             excess = np.sqrt((since**2 - self.noise**2).clip(0, 1))
             self.moved = float(np.where(since > SIGNIFICANT * self.noise, excess, 0).mean())
@@ -104,6 +104,8 @@ class ChangeMeter:
     def _follow(self, change: Array) -> None:
         """Update the noise with the change between two consecutive frames, [P]."""
         change = np.nan_to_num(change, nan=1.0, posinf=1.0)
+        if not change.any():  # The camera repeats a frame, which tells nothing about its noise.
+            return
         if np.isnan(self.noise[0]):
             self.noise, self._seen = np.minimum(change, _FIRST), 1
             return

@@ -56,9 +56,9 @@ It is also the most by which one full frame may lower the rate. In a scene where
 taken: the second after one miss, the third after two.
 """
 EMPTY_RATE = 100.0
-"""Least rate if all patches are empty, so that a change of a third of one patch in a thousand causes a full frame.
+"""Least rate if all patches are empty; it falls with the square of their fraction.
 
-It falls with the square of the fraction of empty patches.
+With an allowed error of .02, a change of one patch in 5,000 then causes a full frame.
 """
 FORGIVE = 0.95
 """Factor of the number of misses after each full frame that finds little error."""
