@@ -388,9 +388,9 @@ have the intervals of the ratios over rounds; at 518 px they are wide (fp32, .98
 ## Streams
 
 A stream recomputes only the patches that changed. Times are means per frame. The gain depends on the scene: a fixed
-camera with little motion gains most. Half a pixel of shake, or a pan, makes every frame fall back to the full model
-([camera](camera.md)). In the slow scenes `square` and `street`, running the dense model on every eighth frame is about
-as fast and as faithful; where more moves (`vtest`, `garden`), it is not.
+camera with little motion gains most, and a camera that moves fast gains nothing ([camera](camera.md)). In the slow
+scenes `square` and `street`, running the dense model on every eighth frame is about as fast and as faithful; where more
+moves (`vtest`, `garden`), it is not.
 
 {stream_section()}
 
