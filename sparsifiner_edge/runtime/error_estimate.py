@@ -12,11 +12,6 @@ three parts::
 - `missed` is the fraction of patches that changed and were not recomputed.
 - `moved` is the fraction of patches that changed since the last full frame.
 
-Tokens of an empty background (a wall, a sky, fog) take their meaning from the whole image. They keep each other in the
-old state when something enters, so that those computed anew do not tell, and a few patches that change can change all.
-So the rate is at least `EMPTY_RATE` times the square of the fraction of empty patches. The drift of the final prefix
-tokens is a second sign of such events (`SUMMARY_RATE` in `runtime.stream`).
-
 A full frame that follows an update in the same frame measures the error of that update, and corrects `scale` and
 `rate`. After the first frame `rate` is high, so that the first events in a scene cause full frames, which show how much
 an event changes there. If they show little, `rate` falls, but no further than what allows `TRUSTED` times as much
@@ -55,11 +50,6 @@ TRUSTED = 2.0
 It is also the most by which one full frame may lower the rate. In a scene where events were missed before, its root is
 taken: the second after one miss, the third after two.
 """
-EMPTY_RATE = 100.0
-"""Least rate if all patches are empty; it falls with the square of their fraction.
-
-With an allowed error of .02, a change of one patch in 5,000 then causes a full frame.
-"""
 FORGIVE = 0.95
 """Factor of the number of misses after each full frame that finds little error."""
 FEW = 0.005
@@ -97,18 +87,9 @@ class ErrorEstimate:
         unchanged, changed = self._drift
         return self._scale * unchanged * wait + missed * changed
 
-    def event(self, moved: float, empty: float) -> float:
-        """Return the error of events.
-
-        Args:
-            moved: Fraction of the patches that changed since the last full frame.
-            empty: Fraction of the patches that are empty.
-        """
-        return max(self._rate * moved, self.in_empty(moved, empty))
-
-    def in_empty(self, moved: float, empty: float) -> float:
-        """Return the error of events that has to be assumed whatever was measured; see `event`."""
-        return EMPTY_RATE * empty**2 * moved
+    def event(self, moved: float) -> float:
+        """Return the error of events if this fraction of the patches changed since the last full frame."""
+        return self._rate * moved
 
     def follow(self, unchanged: Array, changed: Array) -> None:
         """Update the drift with the errors of tokens before their recomputation."""

@@ -14,9 +14,9 @@ as follows:
    compute like the similar tokens that it does compute and whose patches did not change (`sparse.stream.carry`). The
    share is the smallest one in `SHARES` whose estimated error (`ErrorEstimate`) is low enough. If the error after the
    step is too high, a second step follows in the same frame.
-5. **Full frame.** Run the step on all patches. This happens in the first frame; if the error of incremental updates may
-   be higher than allowed, for instance because something entered the scene; when a moving scene has come to rest; and
-   as a check of the estimated error after 8, 32, 128 and then every 256 incremental updates.
+5. **Full frame.** Run the step on all patches. This happens in the first frame; if something changed in front of an
+   empty background (`MOSTLY_EMPTY`); if the error of incremental updates may be higher than allowed; when a moving
+   scene has come to rest; and as a check of the estimated error after 8, 32, 128 and then every 256 incremental updates.
 6. **Fallback to the full model.** If too many patches changed (`MOVING`), as at a cut, or if full frames in a row find
    too high an error, the bundle's own sparse model answers and nothing is kept. A full frame follows once `STILL`
    frames in a row hardly differ from their predecessors.
@@ -89,6 +89,14 @@ SUMMARY_RATE = 0.4
 Each step computes the prefix tokens. They summarise the image, so they drift when the scene changes as a whole while
 its patches keep each other in the old state, for instance because something left an empty scene.
 """
+MOSTLY_EMPTY = 0.5
+"""Fraction of empty patches above which each event causes full frames.
+
+Tokens of an empty background (a wall, a sky, fog) take their meaning from the whole image. They keep each other in the
+old state when something enters, so that those computed anew do not tell, and a few changed patches can change all.
+"""
+EMPTY_RATE = 100.0
+"""Error per fraction of the patches that changed in such a scene: one in 5,000 exceeds an allowed error of .02."""
 _STEPS = 2
 """Maximum number of steps in a frame. If the error is still too high, a full frame is computed instead."""
 
@@ -292,9 +300,9 @@ class Stream:
             changed: True for each patch that changed, [P]; modified in place.
         """
         state, total, usual = self._state, 0.0, 0.0
-        if self._estimate.in_empty(self._change.moved, self._change.empty) > self._allowed:
+        if self._change.empty > MOSTLY_EMPTY and EMPTY_RATE * self._change.moved > self._allowed:
             return self._full_frame(image, tokens)
-        event = self._estimate.event(self._change.moved, self._change.empty)
+        event = self._estimate.event(self._change.moved)
         for _ in range(_STEPS):
             share = self._share or self._least_share(float(changed.mean()))
             chosen = self._choose(change, share)
