@@ -16,7 +16,7 @@ as follows:
    step is too high, a second step follows in the same frame.
 5. **Full frame.** Run the step on all patches. This happens in the first frame; if something changed in front of an
    empty background (`MOSTLY_EMPTY`); if the error of incremental updates may be higher than allowed; when a moving
-   scene has come to rest; and as a check of the estimated error after 8, 32, 128 and then every 256 incremental updates.
+   scene has come to rest; and as a check of the estimate after 8, 32, 128 and then every 256 incremental updates.
 6. **Fallback to the full model.** If too many patches changed (`MOVING`), as at a cut, or if full frames in a row find
    too high an error, the bundle's own sparse model answers and nothing is kept. A full frame follows once `STILL`
    frames in a row hardly differ from their predecessors.
