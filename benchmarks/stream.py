@@ -142,7 +142,7 @@ def engines(bundles: list[Path], stack: contextlib.ExitStack) -> dict[str, Any]:
     for bundle in (bundles[0], *bundles[2:]):
         for engine in (*FP32, *(ANY if bundles[2:] else ())):
             with contextlib.suppress(SparsifinerError):  # A CPU without bf16.
-                name = f"{engine.backend}, {engine.precision}" + ", int8" * (bundle is not bundles[0])
+                name = f"{engine.backend}, {engine.compute_precision}" + ", int8" * (bundle is not bundles[0])
                 dense[name] = stack.enter_context(se.open_session(bundle, engine))
     return dense
 

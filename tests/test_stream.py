@@ -247,18 +247,22 @@ def test_what_was_kept_is_held_against_a_whole_frame(stream_bundle: Path) -> Non
     assert by == ["full", *(FIRST_CHECK - 1) * ["incremental"], "full", "incremental"]
 
 
-def test_an_event_in_an_empty_scene_is_computed_in_full(stream_bundle: Path) -> None:
+@pytest.mark.parametrize(("most", "by"), [(0.5, "full"), (1.0, "incremental")])
+def test_an_event_in_an_empty_scene_is_computed_in_full(
+    stream_bundle: Path, monkeypatch: pytest.MonkeyPatch, most: float, by: str
+) -> None:
+    monkeypatch.setattr("sparsifiner_edge.runtime.stream.MOSTLY_EMPTY", most)
     random, event = np.random.default_rng(0), FIRST_CHECK - 2
     with se.open_session(stream_bundle, "onnxruntime") as session:
-        stream, by, shape = session.stream(0.98), [], tuple(int(n) for n in session.inputs[0].shape)
+        stream, done, shape = session.stream(0.5), [], tuple(int(n) for n in session.inputs[0].shape)
         for number in range(event + 1):
             frame = 120 + random.normal(0, 1.5, shape)
             if number == event:
-                frame[:, : shape[1] // 8, : shape[2] // 8] += 60  # It enters at a corner.
+                frame[:, :16, :16] += 60
             stream.infer({"image": frame.round().astype(np.uint8)})
             assert stream.computed is not None
-            by.append(stream.computed.by)
-    assert by[-2:] == ["incremental", "full"]
+            done.append(stream.computed.by)
+    assert done[-2:] == ["incremental", by]
 
 
 def test_what_is_not_finite_is_kept_by_no_frame_that_follows(stream_bundle: Path) -> None:

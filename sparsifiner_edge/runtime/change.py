@@ -29,7 +29,7 @@ SIGNIFICANT = 1.75
 EMPTY = 3.0
 """Standard deviation of the brightness in a patch, of 255, below which the patch is empty: a wall, a sky, fog.
 
-Pairs of pixels are averaged before, so that the noise of a camera in the dark hardly counts.
+Squares of four pixels are averaged before, so that the noise of a camera in the dark hardly counts.
 """
 _FIRST = 0.1
 """Highest noise after the first two frames, between which something may have moved."""
@@ -42,14 +42,14 @@ _FALL = 0.3
 class ChangeMeter:
     """Measures change.
 
+    Args:
+        grid: Rows and columns of patches.
+
     Attributes:
         noise: Estimated change of each patch between two frames of a still scene, [P].
         moved: Change since the last full frame that noise does not explain, at most 1 for each patch, as a mean over
             the patches.
         empty: Fraction of the patches that were empty in the last full frame.
-
-    Args:
-        grid: Rows and columns of patches.
     """
 
     def __init__(self, grid: tuple[int, int]) -> None:
@@ -115,12 +115,15 @@ class ChangeMeter:
 
 
 def _contrast(image: Array, grid: tuple[int, int]) -> Array:
-    """Return the standard deviation of the brightness of each patch without noise, uint8 [H,W,3] -> [P]."""
-    height, width = (pixels // patches for pixels, patches in zip(image.shape, grid, strict=False))
-    patches = image.mean(-1, dtype=np.float32).reshape(grid[0], height, grid[1], width)
-    patches = patches[:, : height // 2 * 2, :, : width // 2 * 2]
-    pairs = patches.reshape(grid[0], height // 2, 2, grid[1], width // 2, 2).mean((2, 5))
-    return np.asarray(pairs.std((1, 3)).reshape(-1))
+    """Return the standard deviation of the brightness of each patch without noise, uint8 [H,W,3] -> [P].
+
+    Pixels beyond the last whole patch are left out, as some models do.
+    """
+    (rows, columns), (height, width) = grid, (image.shape[0] // grid[0], image.shape[1] // grid[1])
+    brightness = image[: rows * height, : columns * width].mean(-1, dtype=np.float32)
+    patches = brightness.reshape(rows, height, columns, width)[:, : height // 2 * 2, :, : width // 2 * 2]
+    squares = patches.reshape(rows, height // 2, 2, columns, width // 2, 2).mean((2, 5))
+    return np.asarray(squares.std((1, 3)).reshape(-1))
 
 
 def _distance(a: Array, b: Array) -> Array:

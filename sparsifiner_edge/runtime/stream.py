@@ -109,7 +109,7 @@ class Computed(msgspec.Struct, frozen=True):
             or "fallback" (the full model answered, because too many patches changed).
         share: Fraction of the patches that were computed; 1 for a full frame or a fallback.
         oldest: Largest number of frames since a patch was last recomputed.
-        error: Estimated error, as an upper bound: 1 minus the mean cosine of the frame's patches to those of the dense
+        error: Estimated error, with a margin: 1 minus the mean cosine of the frame's patches to those of the dense
             model. 0 for a full frame; None for a fallback.
     """
 
